@@ -1,0 +1,53 @@
+# make demo    install and run the main job, with pictures, in demo/index.html
+# make test    lint, types and every test (this is what CI runs)
+# make lint | bench | docs | test-slow | clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo demo-svm test test-slow lint bench docs clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# one stamp per set of extras; a stamp is older than pyproject.toml or constraints.txt when either changed
+$(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.base
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[dev,docs]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.base
+	$(INSTALL) --editable '.[bench]'
+	@touch $@
+
+demo: demo-svm
+
+demo-svm: $(VENV)/.base
+	$(BIN)/bcd demo --out demo
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check bcd llm experiments tests
+	$(BIN)/ruff format --check bcd llm experiments tests
+	$(BIN)/mypy
+
+test: lint docs
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+docs: $(VENV)/.dev
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
+# OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE pin OpenBLAS to old kernels where they are set
+bench: $(VENV)/.bench
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run engine_speed
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run rules_svm
+
+clean:
+	rm -rf $(VENV) demo docs/_build docs/api build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,865 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every compiled (numba) function of the package.
+
+All functions take and return arrays and scalars, keep no state, and are cached on disk after their
+first compilation. Notation, as everywhere in the package: ``grad`` is the gradient g, ``rise`` = u - x
+and ``fall`` = x - l are the rooms of a coordinate, ``labels`` gives the sum constraint a coordinate
+belongs to (negative: none, the coordinate moves alone; an array of length 0: all belong to one sum).
+
+The *price* of a group is what one unit of the 1-norm of a move in it gains to first order:
+``(largest g that can fall - smallest g that can rise) / 2`` for a sum (a pair move of mass t has
+1-norm 2 t) and ``|g_i|`` for a coordinate that moves alone. The largest price is the dual norm of the
+gradient on the feasible directions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+CHUNK = 128  # coordinates per chunk in the search for the ends; 1 kB of float64
+FIRST_PREFIX = 32  # coordinates of an end sorted at first; four times more whenever they run out
+GROW_PREFIX = 4
+TINY = np.finfo(np.float64).tiny  # stands in for a curvature of 0 in a quotient
+EPS = np.finfo(np.float64).eps
+FAST = {"nnan", "nsz", "reassoc", "contract", "arcp"}  # lets sums vectorise; infinities stay valid
+
+
+# ---------------------------------------------------------------------------------------------
+# The two sorted ends of the gradient, found without sorting: selection.steepest_l1
+# ---------------------------------------------------------------------------------------------
+
+
+@njit(cache=True)
+def _key(end, g, rise, fall):
+    """Sorting key of a coordinate at an end: larger is visited earlier, -inf cannot move there.
+
+    end 0: rising (smallest g first); end 1: falling (largest g first); end 2: either way, alone.
+    """
+    if end == 0:
+        return -g if rise > 0 else -np.inf
+    if end == 1:
+        return g if fall > 0 else -np.inf
+    alone = max(-g if rise > 0 else -np.inf, g if fall > 0 else -np.inf)
+    return alone if alone > 0 else -np.inf
+
+
+@njit(cache=True, error_model="numpy")
+def _chunk_keys(grad, rise, fall, alone, keys0, keys1):
+    """Largest key of both ends in every chunk, in one pass. Returns False if a gradient is not finite.
+
+    For coordinates that move alone, keys0 gets the largest key of either way.
+    """
+    zero = 0.0
+    for c in range(keys0.shape[0]):
+        end = min(grad.shape[0], (c + 1) * CHUNK)
+        g, a, b = grad[c * CHUNK : end], rise[c * CHUNK : end], fall[c * CHUNK : end]
+        best0, best1 = -np.inf, -np.inf
+        for k in range(g.shape[0]):
+            v = np.float64(g[k])
+            zero += v * 0.0  # NaN as soon as one entry is NaN or infinite
+            up = -v if a[k] > 0 else -np.inf
+            down = v if b[k] > 0 else -np.inf
+            best0 = up if up > best0 else best0
+            best1 = down if down > best1 else best1
+        keys0[c], keys1[c] = best0, best1
+        if alone:
+            keys0[c] = max(best0, best1) if max(best0, best1) > 0 else -np.inf
+    return zero == 0.0
+
+
+@njit(cache=True)
+def _threshold(end, m, keys, grad, rise, fall):
+    """A value that at least m keys of this end reach, or -inf when there are at most m."""
+    if 3 * m <= 2 * keys.shape[0]:
+        return np.partition(keys, keys.shape[0] - m)[keys.shape[0] - m]
+    every = np.empty(grad.shape[0])
+    count = 0
+    for k in range(grad.shape[0]):
+        key = _key(end, np.float64(grad[k]), rise[k], fall[k])
+        if key > -np.inf:
+            every[count] = key
+            count += 1
+    if count <= m:
+        return -np.inf
+    return np.partition(every[:count], count - m)[count - m]
+
+
+@njit(cache=True)
+def _prefix(end, m, keys, grad, rise, fall):
+    """The first (about m) coordinates of an end in order of (key, index), and whether these are all.
+
+    Only chunks whose best key reaches the threshold are read again, so the cost is O(n / CHUNK + m log m)
+    while m is small and O(n + m log m) after that.
+    """
+    threshold = _threshold(end, m, keys, grad, rise, fall)
+    found = [0 for _ in range(0)]
+    values = [0.0 for _ in range(0)]
+    ties = 0
+    for c in range(keys.shape[0]):
+        if keys[c] < threshold or keys[c] == -np.inf:
+            continue
+        for k in range(c * CHUNK, min(grad.shape[0], (c + 1) * CHUNK)):
+            key = _key(end, np.float64(grad[k]), rise[k], fall[k])
+            if key < threshold or key == -np.inf or (key == threshold and ties >= m):
+                continue
+            ties += key == threshold
+            found.append(k)
+            values.append(-key)
+    order = np.argsort(np.array(values), kind="mergesort")  # stable: ties stay in index order
+    return np.array(found)[order], threshold == -np.inf
+
+
+@njit(cache=True)
+def _sift_down(heap, size, price):
+    """Restore the heap of groups (largest price first, then smallest group) after its root changed."""
+    k = 0
+    while True:
+        best = k
+        for child in (2 * k + 1, 2 * k + 2):
+            if child < size:
+                a, b = heap[child], heap[best]
+                if price[a] > price[b] or (price[a] == price[b] and a < b):
+                    best = child
+        if best == k:
+            return
+        heap[k], heap[best] = heap[best], heap[k]
+        k = best
+
+
+@njit(cache=True)
+def segments(labels, groups):
+    """Counting sort of the coordinates by label; the last segment holds those in no sum."""
+    start = np.zeros(groups + 2, np.int64)
+    for label in labels:
+        start[(label if label >= 0 else groups) + 1] += 1
+    start = np.cumsum(start)
+    where = np.empty(labels.shape[0], np.int64)
+    fill = start.copy()
+    for k in range(labels.shape[0]):
+        s = labels[k] if labels[k] >= 0 else groups
+        where[fill[s]] = k
+        fill[s] += 1
+    return where, start
+
+
+@njit(cache=True)
+def _offsets(start):
+    """Where the chunks of every segment begin, and how many chunks there are in all."""
+    chunks = np.zeros(start.shape[0], np.int64)
+    for s in range(start.shape[0] - 1):
+        chunks[s + 1] = chunks[s] + (start[s + 1] - start[s] + CHUNK - 1) // CHUNK
+    return chunks
+
+
+@njit(cache=True)
+def _sorted_ends(m, keys, chunks, grad, rise, fall, start, alone):
+    """The first m coordinates (or somewhat more, or all) of both ends of every segment, sorted."""
+    segments = start.shape[0] - 1
+    order = np.empty((2, grad.shape[0]), np.int64)
+    length = np.zeros((2, segments), np.int64)
+    whole = np.ones((2, segments), np.bool_)
+    for s in range(segments):
+        a, b = start[s], start[s + 1]
+        for e in range(2):
+            end = 2 if alone and s == segments - 1 else e
+            if b == a or (end == 2 and e == 1):
+                continue
+            found, whole[e, s] = _prefix(end, m, keys[e, chunks[s] : chunks[s + 1]], grad[a:b], rise[a:b], fall[a:b])
+            length[e, s] = found.shape[0]
+            order[e, a : a + found.shape[0]] = found + a
+    return order, length, whole
+
+
+@njit(cache=True)
+def _price(s, pair, at, order, start, length, grad):
+    """Price of segment s at the present positions on its ends; -1 when an end is used up."""
+    if at[0, s] >= length[0, s] or (pair and at[1, s] >= length[1, s]):
+        return -1.0
+    g0 = np.float64(grad[order[0, start[s] + at[0, s]]])
+    if not pair:
+        return abs(g0)
+    return 0.5 * (np.float64(grad[order[1, start[s] + at[1, s]]]) - g0)
+
+
+@njit(cache=True)
+def _start_walk(grad, order, start, length, alone):
+    """Positions on the ends, prices, and the heap of segments (largest price first)."""
+    segments = start.shape[0] - 1
+    at = np.zeros((2, segments), np.int64)
+    price = np.empty(segments)
+    for s in range(segments):
+        pair = not (alone and s == segments - 1)
+        price[s] = _price(s, pair, at, order, start, length, grad)
+    return at, price, np.argsort(-price, kind="mergesort")
+
+
+@njit(cache=True)
+def walk(grad, rise, fall, order, start, length, whole, alone, lipschitz):
+    """Walk the sorted ends of every segment: steepest descent in the 1-norm (THEORY section 2).
+
+    Segment s is one sum constraint; ``order[e, start[s] : start[s] + length[e, s]]`` are its coordinates
+    sorted for rising (e = 0) and falling (e = 1), and ``whole[e, s]`` says that no more exist. If
+    ``alone``, the coordinates of the last segment move each by itself and are sorted by |g| in e = 0.
+    Mass moves in the segment with the largest price until that price is at most lipschitz times the
+    1-norm of what has moved (lipschitz = 0: until nothing gains any more).
+
+    Returns (index, step, drop, norm, enough): the moved coordinates in the order of the walk, their
+    steps (exactly +rise or -fall where the room is used up), ``drop = -<g, d>`` (inf when mass can move
+    without end), ``norm = ||d||_1``, and False when the walk came to the end of a list that is not
+    whole, so that longer lists are needed.
+    """
+    at, price, heap = _start_walk(grad, order, start, length, alone)
+    segments = price.shape[0]
+    used = np.zeros((2, segments))  # mass moved at the present positions
+    total = length.sum()
+    index, step = np.empty(total, np.int64), np.empty(total)
+    slot = np.full((2, segments), -1, np.int64)  # where that coordinate stands in the output
+    count, drop, norm = 0, 0.0, 0.0
+    moving = True
+    while moving and price[heap[0]] > 0:
+        s = heap[0]
+        pair = not (alone and s == segments - 1)
+        ends = 2 if pair else 1
+        more = price[s] / lipschitz - norm if lipschitz > 0 else np.inf
+        if not more > 0:
+            break
+        mass = more / ends
+        for e in range(ends):
+            k = order[e, start[s] + at[e, s]]
+            rises = e == 0 if pair else grad[k] < 0
+            mass = min(mass, np.float64(rise[k] if rises else fall[k]) - used[e, s])
+        drop += price[s] * mass * ends
+        norm += mass * ends
+        moving = False
+        for e in range(ends):
+            k = order[e, start[s] + at[e, s]]
+            rises = e == 0 if pair else grad[k] < 0
+            room = np.float64(rise[k] if rises else fall[k])
+            if slot[e, s] < 0:
+                slot[e, s], index[count] = count, k
+                count += 1
+            full = mass == room - used[e, s] and mass < np.inf
+            used[e, s] = room if full else used[e, s] + mass
+            step[slot[e, s]] = used[e, s] if rises else -used[e, s]
+            if full:
+                moving = True
+                used[e, s], slot[e, s] = 0.0, -1
+                at[e, s] += 1
+                if at[e, s] == length[e, s] and not whole[e, s]:
+                    return index[:0], step[:0], drop, norm, False
+        price[s] = _price(s, pair, at, order, start, length, grad)
+        _sift_down(heap, segments, price)
+    return index[:count].copy(), step[:count].copy(), drop, norm, True
+
+
+@njit(cache=True)
+def fill(block, q, grad, order, start, length, whole, alone):
+    """Add to a block the coordinates nearest the ends, largest price first, until it has q of them.
+
+    Returns (block, enough); enough is False when longer lists are needed. Fewer than q are returned
+    when no further pair would gain anything.
+    """
+    at, price, heap = _start_walk(grad, order, start, length, alone)
+    segments = price.shape[0]
+    named = np.zeros(grad.shape[0], np.bool_)
+    index = np.empty(max(q, block.shape[0]) + 1, np.int64)
+    count = block.shape[0]
+    index[:count] = block
+    named[block] = True
+    while count < q and price[heap[0]] > 0:
+        s = heap[0]
+        pair = not (alone and s == segments - 1)
+        for e in range(2 if pair else 1):
+            k = order[e, start[s] + at[e, s]]
+            if not named[k]:
+                named[k], index[count] = True, k
+                count += 1
+            at[e, s] += 1
+            if at[e, s] == length[e, s] and not whole[e, s]:
+                return block, False
+        price[s] = _price(s, pair, at, order, start, length, grad)
+        _sift_down(heap, segments, price)
+    return index[: min(count, max(q, block.shape[0]))].copy(), True
+
+
+@njit(cache=True)
+def _gather(grad, rise, fall, labels, groups):
+    """Sort the coordinates into segments, one a group, and those that move alone in a last one."""
+    if labels.shape[0] == 0:
+        start = np.array([0, grad.shape[0]])
+        return grad, rise, fall, np.empty(0, np.int64), start, False
+    where, start = segments(labels, groups)
+    alone = start[groups + 1] > start[groups]
+    start = start if alone else start[:-1]
+    return grad[where], rise[where], fall[where], where, start, alone
+
+
+@njit(cache=True)
+def steepest(grad, rise, fall, labels, groups, lipschitz, q):
+    """The GS-1 step (q = 0), or the block of q coordinates that contains it or begins it (q > 0).
+
+    Returns (index, step, drop, norm, finite). The GS-1 step's coordinates come first in a block; a block
+    too small for them comes with an empty step.
+    """
+    grad, rise, fall, where, start, alone = _gather(grad, rise, fall, labels, groups)
+    chunks = _offsets(start)
+    keys = np.empty((2, chunks[-1]))
+    finite = True
+    for s in range(start.shape[0] - 1):
+        a, b, c, d = start[s], start[s + 1], chunks[s], chunks[s + 1]
+        lone = alone and s == start.shape[0] - 2
+        finite &= _chunk_keys(grad[a:b], rise[a:b], fall[a:b], lone, keys[0, c:d], keys[1, c:d])
+    m = max(FIRST_PREFIX, q)
+    index, step, drop, norm, enough = np.empty(0, np.int64), np.empty(0), 0.0, 0.0, not finite
+    while not enough:
+        order, length, whole = _sorted_ends(m, keys, chunks, grad, rise, fall, start, alone)
+        index, step, drop, norm, enough = walk(grad, rise, fall, order, start, length, whole, alone, lipschitz)
+        if enough and q > 0:
+            step = step if index.shape[0] <= q else step[:0]
+            index, enough = fill(index[:q], q, grad, order, start, length, whole, alone)
+        m *= GROW_PREFIX
+    if where.shape[0] > 0:
+        index = where[index]
+    return index, step, drop, norm, finite
+
+
+# ---------------------------------------------------------------------------------------------
+# Violation and the pair rules
+# ---------------------------------------------------------------------------------------------
+
+
+@njit(cache=True)
+def violating_ends(grad, rise, fall, labels, groups):
+    """For every group the coordinate to raise and the one to lower, -1 where none can move.
+
+    Returns (i, j), arrays of length groups + 1; the last entry is for coordinates in no sum: the one
+    with the largest |g|, in i if it should rise and in j if it should fall.
+    """
+    i, j = np.full(groups + 1, -1), np.full(groups + 1, -1)
+    if labels.shape[0] == 0:
+        low, high = np.inf, -np.inf
+        for k in range(grad.shape[0]):
+            if rise[k] > 0 and grad[k] < low:
+                low, i[0] = grad[k], k
+            if fall[k] > 0 and grad[k] > high:
+                high, j[0] = grad[k], k
+        return i, j
+    best = 0.0
+    for k in range(grad.shape[0]):
+        s, g = labels[k], grad[k]
+        if s < 0:
+            if abs(g) > best and (rise[k] if g < 0 else fall[k]) > 0:
+                best = abs(g)
+                i[groups], j[groups] = (k, -1) if g < 0 else (-1, k)
+            continue
+        if rise[k] > 0 and (i[s] < 0 or g < grad[i[s]]):
+            i[s] = k
+        if fall[k] > 0 and (j[s] < 0 or g > grad[j[s]]):
+            j[s] = k
+    return i, j
+
+
+@njit(cache=True)
+def violation(grad, rise, fall, labels, groups):
+    """V(x) of THEORY section 1: 0 exactly at a KKT point, NaN when a gradient that matters is NaN."""
+    i, j = violating_ends(grad, rise, fall, labels, groups)
+    worst = 0.0
+    for s in range(groups):
+        if i[s] >= 0 and j[s] >= 0:
+            worst = max(worst, grad[j[s]] - grad[i[s]])
+    for k in (i[groups], j[groups]):
+        if k >= 0:
+            worst = max(worst, abs(grad[k]))
+    return worst if np.isfinite(grad.sum()) else np.nan
+
+
+@njit(cache=True)
+def maximal_pair(grad, rise, fall, labels, groups):
+    """GS-s: the maximal violating pair (i rises, j falls) of the group with the largest price.
+
+    A coordinate that moves alone comes as (i, -1) or (-1, j). Returns (i, j, group), all -1 at a KKT point.
+    """
+    i, j = violating_ends(grad, rise, fall, labels, groups)
+    best, group = 0.0, -1
+    for s in range(groups):
+        if i[s] >= 0 and j[s] >= 0 and 0.5 * (grad[j[s]] - grad[i[s]]) > best:
+            best, group = 0.5 * (grad[j[s]] - grad[i[s]]), s
+    for k in (i[groups], j[groups]):
+        if k >= 0 and abs(grad[k]) > best:
+            best, group = abs(grad[k]), groups
+    return (i[group], j[group], group) if group >= 0 else (-1, -1, -1)
+
+
+@njit(cache=True, error_model="numpy")
+def partner(grad, fall, labels, group, i, column, diagonal):
+    """WSS2: the j that falls against i with the largest gap^2 / curvature (Fan, Chen, Lin 2005)."""
+    best, j = -1.0, -1
+    for k in range(grad.shape[0]):
+        gap = grad[k] - grad[i]
+        if fall[k] > 0 and gap > 0 and (labels.shape[0] == 0 or labels[k] == group):
+            score = gap * gap / max(diagonal[i] + diagonal[k] - 2 * column[k], TINY)
+            if score > best:
+                best, j = score, k
+    return j
+
+
+@njit(cache=True, error_model="numpy")
+def best_alone(grad, rise, fall, labels, diagonal):
+    """Among the coordinates in no sum, the one with the largest g^2 / curvature."""
+    best, i = 0.0, -1
+    for k in range(grad.shape[0]):
+        if labels[k] < 0 and (rise[k] if grad[k] < 0 else fall[k]) > 0:
+            score = grad[k] * grad[k] / max(diagonal[k], TINY)
+            if score > best:
+                best, i = score, k
+    return i
+
+
+@njit(cache=True)
+def best_model_pair(grad, rise, fall, labels, lipschitz):
+    """GS-q: the feasible pair (i, j) with the largest decrease of the model with constant L2 = 2 lipschitz.
+
+    A pair step of mass t decreases the model by ``gap t - L2 t^2``, a coordinate alone by
+    ``|g| t - lipschitz t^2 / 2``; both are <g, d> + lipschitz / 2 ||d||_1^2. O(n^2). Returns (i, j, t).
+    """
+    best, bi, bj, bt = 0.0, -1, -1, 0.0
+    for i in range(grad.shape[0]):
+        if labels.shape[0] > 0 and labels[i] < 0:
+            t = min(abs(grad[i]) / lipschitz, rise[i] if grad[i] < 0 else fall[i])
+            drop = abs(grad[i]) * t - 0.5 * lipschitz * t * t
+            if drop > best:
+                best, bt = drop, t
+                bi, bj = (i, -1) if grad[i] < 0 else (-1, i)
+            continue
+        if not rise[i] > 0:
+            continue
+        for j in range(grad.shape[0]):
+            gap = grad[j] - grad[i]
+            if gap > 0 and fall[j] > 0 and (labels.shape[0] == 0 or labels[i] == labels[j]):
+                t = min(gap / (4 * lipschitz), rise[i], fall[j])
+                drop = gap * t - 2 * lipschitz * t * t
+                if drop > best:
+                    best, bi, bj, bt = drop, i, j, t
+    return bi, bj, bt
+
+
+@njit(cache=True, error_model="numpy")
+def dinkelbach_pair(grad, rise, fall, labels, groups, weight):
+    """GSL: the pair with the largest (g_j - g_i) / (w_i + w_j), by Dinkelbach's iteration in every group.
+
+    Coordinates alone compete with |g| / w. Returns (i, j, t, rounds), t the unclipped step
+    ``gap / (w_i + w_j)^2``.
+    """
+    ratio = np.zeros(groups)
+    pair = np.full((2, groups), -1)
+    rising, rounds = True, 0
+    while rising:
+        rising, rounds = False, rounds + 1
+        low, high = np.full(groups, np.inf), np.full(groups, -np.inf)
+        now = np.full((2, groups), -1)
+        for k in range(grad.shape[0]):
+            s = 0 if labels.shape[0] == 0 else labels[k]
+            if s < 0:
+                continue
+            up, down = grad[k] + ratio[s] * weight[k], grad[k] - ratio[s] * weight[k]
+            if rise[k] > 0 and up < low[s]:
+                low[s], now[0, s] = up, k
+            if fall[k] > 0 and down > high[s]:
+                high[s], now[1, s] = down, k
+        for s in range(groups):
+            i, j = now[0, s], now[1, s]
+            if i >= 0 and j >= 0 and i != j:
+                value = (grad[j] - grad[i]) / (weight[i] + weight[j])
+                if value > ratio[s]:
+                    ratio[s], pair[0, s], pair[1, s], rising = value, i, j, True
+    best, i, j, t = 0.0, -1, -1, 0.0
+    for s in range(groups):
+        if pair[0, s] >= 0 and ratio[s] > best:
+            best, i, j = ratio[s], pair[0, s], pair[1, s]
+            t = best / (weight[i] + weight[j])
+    for k in range(labels.shape[0]):
+        if labels[k] < 0 and abs(grad[k]) / weight[k] > best and (rise[k] if grad[k] < 0 else fall[k]) > 0:
+            best = abs(grad[k]) / weight[k]
+            t = best / weight[k]
+            i, j = (k, -1) if grad[k] < 0 else (-1, k)
+    return i, j, t, rounds
+
+
+# ---------------------------------------------------------------------------------------------
+# Pairs drawn without a gradient
+# ---------------------------------------------------------------------------------------------
+
+
+@njit(cache=True)
+def random_bits(seed, count):
+    """The count-th 64-bit number of stream ``seed``: splitmix64 (Steele, Lea, Flood 2014), no state."""
+    z = np.uint64(seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(count) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(cache=True)
+def random_below(seed, count, n):
+    """An integer in [0, n); the bias, below n / 2^53, is far beyond any test of it."""
+    return np.int64(np.float64(random_bits(seed, count) >> np.uint64(11)) * 2.0**-53 * n)
+
+
+@njit(cache=True)
+def shuffled(seed, epoch, n):
+    """The random permutation of epoch number ``epoch`` (Fisher-Yates)."""
+    order = np.arange(n)
+    for k in range(n - 1, 0, -1):
+        other = random_below(seed, epoch * n + k, k + 1)
+        order[k], order[other] = order[other], order[k]
+    return order
+
+
+@njit(cache=True)
+def _mate(a, offset, where, start, place):
+    """The member of a's segment ``offset`` places after a (cyclically)."""
+    s, p = place[0, a], place[1, a]
+    size = start[s + 1] - start[s]
+    return where[start[s] + (p + offset) % size]
+
+
+@njit(cache=True)
+def draw_cyclic(count, seed, order, where, start, place):
+    """All coordinates in turn, each with the partner 1, 2, ... places on: every pair in n / 2 sweeps."""
+    n = place.shape[1]
+    a = count % n
+    size = start[place[0, a] + 1] - start[place[0, a]]
+    return a, _mate(a, 1 + (count // n) % max(size // 2, 1), where, start, place)
+
+
+@njit(cache=True)
+def draw_random(count, seed, order, where, start, place):
+    """A uniform coordinate and a uniform other member of its group."""
+    a = random_below(seed, 2 * count, place.shape[1])
+    size = start[place[0, a] + 1] - start[place[0, a]]
+    if size < 2:
+        return a, a
+    return a, _mate(a, 1 + random_below(seed, 2 * count + 1, size - 1), where, start, place)
+
+
+@njit(cache=True)
+def draw_permuted(count, seed, order, where, start, place):
+    """Coordinates in a random order, new in every epoch, each with a uniform other member of its group."""
+    n = place.shape[1]
+    a = order[count % n]
+    size = start[place[0, a] + 1] - start[place[0, a]]
+    if size < 2:
+        return a, a
+    return a, _mate(a, 1 + random_below(seed, count, size - 1), where, start, place)
+
+
+@njit(cache=True)
+def orient(a, b, alone, grad):
+    """Which of two drawn coordinates rises: (i, j), or (i, -1) / (-1, j) for one that moves alone."""
+    if alone:
+        return (a, -1) if grad[a] < 0 else (-1, a)
+    return (a, b) if grad[a] < grad[b] else (b, a)
+
+
+@njit(cache=True)
+def can_gain(i, j, grad, rise, fall):
+    """Whether raising i and lowering j (one of them -1: alone) is allowed and descends."""
+    gap = (grad[j] if j >= 0 else 0.0) - (grad[i] if i >= 0 else 0.0)
+    return gap > 0 and (i < 0 or rise[i] > 0) and (j < 0 or fall[j] > 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Steps
+# ---------------------------------------------------------------------------------------------
+
+
+@njit(cache=True)
+def shift(x, rise, fall, lower, upper, index, step):
+    """Move x, assigning the bound where a step uses up the room, and keep the rooms; mutates the first three.
+
+    Returns the number of coordinates whose value changed.
+    """
+    changed = 0
+    for m in range(index.shape[0]):
+        k, d = index[m], step[m]
+        old = x[k]
+        if d >= rise[k]:
+            x[k] = upper[k]
+        elif -d >= fall[k]:
+            x[k] = lower[k]
+        else:
+            x[k] = min(max(old + d, lower[k]), upper[k])
+        rise[k], fall[k] = upper[k] - x[k], x[k] - lower[k]
+        changed += x[k] != old
+    return changed
+
+
+@njit(cache=True, error_model="numpy")
+def pair_mass(i, j, gap, curvature, rise, fall):
+    """The minimising mass of a pair step (j < 0 or i < 0: of one coordinate), within the rooms."""
+    t = gap / curvature if curvature > 0 else np.inf
+    if i >= 0:
+        t = min(t, rise[i])
+    if j >= 0:
+        t = min(t, fall[j])
+    return t
+
+
+@njit(cache=True)
+def pair_curvature(i, j, Q, diagonal):
+    """Second derivative along e_i - e_j (or e_i, e_j alone); coordinates beyond Q are slacks with none."""
+    n = Q.shape[0]
+    curvature = 0.0
+    for k in (i, j):
+        if 0 <= k < n:
+            curvature += diagonal[k]
+    if 0 <= i < n and 0 <= j < n:
+        curvature -= 2 * Q[i, j]
+    return curvature
+
+
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def add_row(grad, row, t):
+    """Grad += t row."""
+    for k in range(row.shape[0]):
+        grad[k] += t * row[k]
+
+
+@njit(cache=True, fastmath=FAST, error_model="numpy")
+def add_rows(grad, row_i, row_j, t):
+    """Grad += t (row_i - row_j)."""
+    for k in range(row_i.shape[0]):
+        grad[k] += t * (row_i[k] - row_j[k])
+
+
+@njit(cache=True)
+def move_dense(grad, Q, index, step):
+    """Grad += Q[:, index] step for a symmetric Q; indices beyond Q are slacks and change nothing."""
+    n = Q.shape[0]
+    if index.shape[0] == 2 and step[0] == -step[1] and max(index[0], index[1]) < n:
+        add_rows(grad[:n], Q[index[0]], Q[index[1]], step[0])
+        return
+    for m in range(index.shape[0]):
+        if index[m] < n:
+            add_row(grad[:n], Q[index[m]], step[m])
+
+
+@njit(cache=True)
+def move_sparse(grad, data, indices, indptr, index, step):
+    """Grad += Q[:, index] step for a symmetric Q in compressed form."""
+    for m in range(index.shape[0]):
+        if index[m] < indptr.shape[0] - 1:
+            for p in range(indptr[index[m]], indptr[index[m] + 1]):
+                grad[indices[p]] += step[m] * data[p]
+
+
+@njit(cache=True)
+def pair_extremes(Q, labels):
+    """Largest and smallest curvature over the moves of 1-norm 1, and the pair of the smallest.
+
+    That is (Q_ii + Q_jj - 2 Q_ij) / 4 over the pairs of one sum and Q_ii where i moves alone (then j = i).
+    """
+    n = Q.shape[0]
+    high, low, bi, bj = 0.0, np.inf, 0, 0
+    for i in range(n):
+        for j in range(i + 1):
+            alone = labels.shape[0] > 0 and labels[i] < 0
+            if alone != (i == j) or (not alone and labels.shape[0] > 0 and labels[i] != labels[j]):
+                continue
+            c = Q[i, i] if alone else 0.25 * (Q[i, i] + Q[j, j] - 2 * Q[i, j])
+            high = max(high, c)
+            if c < low:
+                low, bi, bj = c, i, j
+    return high, low, bi, bj
+
+
+@njit(cache=True)
+def exact_sum(values):
+    """Sum with the rounding errors carried along (Neumaier 1974); infinities add up as they should."""
+    total, error, infinite = 0.0, 0.0, 0.0
+    for v in values:
+        if abs(v) == np.inf:
+            infinite += v
+            continue
+        t = total + v
+        error += (total - t) + v if abs(total) >= abs(v) else (v - t) + total
+        total = t
+    return total + error + infinite
+
+
+@njit(cache=True)
+def settle(x, rise, fall, lower, upper, where, start, totals):
+    """Take out of the sums what rounding has added, at the coordinates with the most room."""
+    for s in range(totals.shape[0]):
+        member = where[start[s] : start[s + 1]]
+        for _ in range(4):  # moving a large coordinate by a tiny amount may round again
+            excess = exact_sum(x[member]) - totals[s]
+            best, k = 0.0, -1
+            for m in member:
+                room = min(rise[m], fall[m], 1.0)
+                if excess != 0 and room > best and abs(excess) <= room:
+                    best, k = room, m
+            for m in member:  # no coordinate is inside: take one that can move the right way
+                room = fall[m] if excess > 0 else rise[m]
+                if k < 0 and excess != 0 and room >= abs(excess):
+                    k = m
+            if k < 0:
+                break
+            old = x[k]
+            x[k] = min(max(old - excess, lower[k]), upper[k])
+            rise[k], fall[k] = upper[k] - x[k], x[k] - lower[k]
+            if x[k] == old:
+                break
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole loops on an explicit Hessian: what minimize() does one step at a time, many steps at once
+# ---------------------------------------------------------------------------------------------
+
+
+@njit(cache=True)
+def block_curvature(Q, index, step):
+    """D' Q d of a direction given by its non-zeros, O(k^2); slacks beyond Q have none."""
+    n = Q.shape[0]
+    total = 0.0
+    for a in range(index.shape[0]):
+        if index[a] < n:
+            row, inner = Q[index[a]], 0.0
+            for b in range(index.shape[0]):
+                if index[b] < n:
+                    inner += row[index[b]] * step[b]
+            total += step[a] * inner
+    return total
+
+
+@njit(cache=True, error_model="numpy")
+def largest_multiple(index, step, rise, fall):
+    """The largest t for which t step stays within the rooms (inf when nothing limits it)."""
+    t = np.inf
+    for m in range(index.shape[0]):
+        if step[m] != 0:
+            t = min(t, (rise[index[m]] if step[m] > 0 else fall[index[m]]) / abs(step[m]))
+    return t
+
+
+@njit(cache=True)
+def stretched(index, step, rise, fall, t):
+    """T step, with every step that comes within rounding of its room made exactly that room."""
+    out = t * step
+    for m in range(index.shape[0]):
+        room = rise[index[m]] if step[m] > 0 else fall[index[m]]
+        if abs(out[m]) >= room * (1 - 4 * EPS):
+            out[m] = room if step[m] > 0 else -room
+    return out
+
+
+RAN, STUCK, FLAT = 0, 1, 2  # how a loop ended: its steps or tol; no coordinate could move; no curvature and no bound
+
+
+@njit(cache=True)
+def _pair_step(i, j, Q, diagonal, grad, x, rise, fall, lower, upper):
+    """One exact pair step. Returns how many coordinates changed, -1 if nothing limits the step."""
+    gap = (grad[j] if j >= 0 else 0.0) - (grad[i] if i >= 0 else 0.0)
+    t = pair_mass(i, j, gap, pair_curvature(i, j, Q, diagonal), rise, fall)
+    if t == np.inf:
+        return -1
+    index = np.array([i, j]) if i >= 0 and j >= 0 else np.array([max(i, j)])
+    step = np.array([t, -t]) if i >= 0 and j >= 0 else np.array([t if i >= 0 else -t])
+    changed = shift(x, rise, fall, lower, upper, index, step)
+    move_dense(grad, Q, index, step)
+    return changed
+
+
+@njit(cache=True)
+def _second_order_pair(grad, rise, fall, labels, groups, Q, diagonal):
+    """WSS2 on an explicit Hessian: i by gradient, j by gap^2 / curvature in i's group."""
+    i, _, group = maximal_pair(grad, rise, fall, labels, groups)
+    if group == groups:  # moves alone
+        k = best_alone(grad, rise, fall, labels, diagonal)
+        return (k, -1) if grad[k] < 0 else (-1, k)
+    if i < 0:
+        return -1, -1
+    column = np.zeros(grad.shape[0])
+    if i < Q.shape[0]:
+        column[: Q.shape[0]] = Q[i]
+    return i, partner(grad, fall, labels, group, i, column, diagonal)
+
+
+MAXIMAL, SECOND_ORDER, MODEL, WEIGHTED = range(4)  # kinds of greedy_loop: GS-s, WSS2, GS-q, GSL
+CYCLIC, RANDOM, PERMUTED = range(3)  # kinds of drawn_loop
+
+
+@njit(cache=True)
+def greedy_loop(kind, Q, diagonal, weight, lipschitz, grad, x, rise, fall, lower, upper, labels, groups, tol, steps):
+    """Exact pair steps on the pairs that a greedy rule chooses; returns (steps done, columns, how it ended)."""
+    columns = 0
+    for done in range(steps):
+        if kind == SECOND_ORDER:
+            i, j = _second_order_pair(grad, rise, fall, labels, groups, Q, diagonal)
+        elif kind == MODEL:
+            i, j, _ = best_model_pair(grad, rise, fall, labels, lipschitz)
+        elif kind == WEIGHTED:
+            i, j, _, _ = dinkelbach_pair(grad, rise, fall, labels, groups, weight)
+        else:
+            i, j, _ = maximal_pair(grad, rise, fall, labels, groups)
+        gap = (grad[j] if j >= 0 else 0.0) - (grad[i] if i >= 0 else 0.0)
+        if not gap > 2 * tol and violation(grad, rise, fall, labels, groups) <= tol:
+            return done, columns, RAN
+        changed = _pair_step(i, j, Q, diagonal, grad, x, rise, fall, lower, upper)
+        if changed <= 0:
+            return done, columns, FLAT if changed < 0 else STUCK
+        columns += (i >= 0) + (j >= 0)
+    return steps, columns, RAN
+
+
+@njit(cache=True)
+def exact_multiple(drop, Q, index, step, rise, fall):
+    """The multiple of a step that minimises the quadratic along it, within the rooms."""
+    cap = largest_multiple(index, step, rise, fall)
+    if cap <= 1:  # a coordinate is at its bound: with a valid constant the step is already the best multiple
+        return cap
+    curvature = block_curvature(Q, index, step)
+    return min(cap, drop / curvature) if curvature > 0 else cap
+
+
+@njit(cache=True)
+def steepest_loop(Q, lipschitz, grad, x, rise, fall, lower, upper, labels, groups, tol, steps):
+    """GS-1 steps with exact line search."""
+    columns = 0
+    for done in range(steps):
+        if violation(grad, rise, fall, labels, groups) <= tol:
+            return done, columns, RAN
+        index, step, drop, _, _ = steepest(grad, rise, fall, labels, groups, lipschitz, 0)
+        t = exact_multiple(drop, Q, index, step, rise, fall)
+        if t == np.inf:
+            return done, columns, FLAT
+        step = stretched(index, step, rise, fall, t)
+        move_dense(grad, Q, index, step)
+        columns += index.shape[0]
+        if shift(x, rise, fall, lower, upper, index, step) == 0:
+            return done, columns, STUCK
+    return steps, columns, RAN
+
+
+@njit(cache=True)
+def drawn_loop(kind, Q, diagonal, grad, x, rise, fall, lower, upper, where, start, place, alone, count, seed, steps):
+    """Exact pair steps on pairs drawn without looking at the gradient; returns (columns, how it ended, pair)."""
+    columns, n = 0, place.shape[1]
+    order = shuffled(~seed, count // n, n)
+    for done in range(steps):
+        if kind == RANDOM:
+            a, b = draw_random(count + done, seed, order, where, start, place)
+        elif kind == PERMUTED:
+            if (count + done) % n == 0:
+                order = shuffled(~seed, (count + done) // n, n)
+            a, b = draw_permuted(count + done, seed, order, where, start, place)
+        else:
+            a, b = draw_cyclic(count + done, seed, order, where, start, place)
+        i, j = orient(a, b, alone and place[0, a] == start.shape[0] - 2, grad)
+        if not can_gain(i, j, grad, rise, fall):
+            continue
+        if _pair_step(i, j, Q, diagonal, grad, x, rise, fall, lower, upper) < 0:
+            return columns, FLAT, np.array([i, j])
+        columns += (i >= 0) + (j >= 0)
+    return columns, RAN, np.array([-1, -1])
