@@ -17,12 +17,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-CHUNK = 128  # coordinates per chunk in the search for the ends; 1 kB of float64
-FIRST_PREFIX = 32  # coordinates of an end sorted at first; four times more whenever they run out
+from bcd._vector import LANES, TINY, scan_gain, scan_moved
+
+FIRST_PREFIX = 8  # coordinates of an end sorted at first; four times more whenever they run out
 GROW_PREFIX = 4
-TINY = np.finfo(np.float64).tiny  # stands in for a curvature of 0 in a quotient
 EPS = np.finfo(np.float64).eps
-FAST = {"nnan", "nsz", "reassoc", "contract", "arcp"}  # lets sums vectorise; infinities stay valid
 
 
 # ---------------------------------------------------------------------------------------------
@@ -44,16 +43,22 @@ def _key(end, g, rise, fall):
     return alone if alone > 0 else -np.inf
 
 
+@njit(cache=True)
+def _chunk_size(n):
+    """Coordinates a chunk: small ones give sharper thresholds, large ones vectorise and stay few."""
+    return 16 if n < 16384 else 128
+
+
 @njit(cache=True, error_model="numpy")
-def _chunk_keys(grad, rise, fall, alone, keys0, keys1):
+def _chunk_keys(grad, rise, fall, size, alone, keys0, keys1):
     """Largest key of both ends in every chunk, in one pass. Returns False if a gradient is not finite.
 
     For coordinates that move alone, keys0 gets the largest key of either way.
     """
     zero = 0.0
     for c in range(keys0.shape[0]):
-        end = min(grad.shape[0], (c + 1) * CHUNK)
-        g, a, b = grad[c * CHUNK : end], rise[c * CHUNK : end], fall[c * CHUNK : end]
+        end = min(grad.shape[0], (c + 1) * size)
+        g, a, b = grad[c * size : end], rise[c * size : end], fall[c * size : end]
         best0, best1 = -np.inf, -np.inf
         for k in range(g.shape[0]):
             v = np.float64(g[k])
@@ -86,28 +91,27 @@ def _threshold(end, m, keys, grad, rise, fall):
 
 
 @njit(cache=True)
-def _prefix(end, m, keys, grad, rise, fall):
+def _prefix(end, m, size, keys, grad, rise, fall):
     """The first (about m) coordinates of an end in order of (key, index), and whether these are all.
 
-    Only chunks whose best key reaches the threshold are read again, so the cost is O(n / CHUNK + m log m)
-    while m is small and O(n + m log m) after that.
+    Only chunks whose best key reaches the threshold are read again, so the cost is that of a pass over
+    the chunks and O(m log m) while m is small, and O(n + m log m) after that.
     """
     threshold = _threshold(end, m, keys, grad, rise, fall)
-    found = [0 for _ in range(0)]
-    values = [0.0 for _ in range(0)]
-    ties = 0
+    found, values = np.empty(grad.shape[0], np.int64), np.empty(grad.shape[0])
+    count = ties = 0
     for c in range(keys.shape[0]):
         if keys[c] < threshold or keys[c] == -np.inf:
             continue
-        for k in range(c * CHUNK, min(grad.shape[0], (c + 1) * CHUNK)):
+        for k in range(c * size, min(grad.shape[0], (c + 1) * size)):
             key = _key(end, np.float64(grad[k]), rise[k], fall[k])
             if key < threshold or key == -np.inf or (key == threshold and ties >= m):
                 continue
             ties += key == threshold
-            found.append(k)
-            values.append(-key)
-    order = np.argsort(np.array(values), kind="mergesort")  # stable: ties stay in index order
-    return np.array(found)[order], threshold == -np.inf
+            found[count], values[count] = k, -key
+            count += 1
+    order = np.argsort(values[:count], kind="mergesort")  # stable: ties stay in index order
+    return found[order], threshold == -np.inf
 
 
 @njit(cache=True)
@@ -144,16 +148,16 @@ def segments(labels, groups):
 
 
 @njit(cache=True)
-def _offsets(start):
+def _offsets(start, size):
     """Where the chunks of every segment begin, and how many chunks there are in all."""
     chunks = np.zeros(start.shape[0], np.int64)
     for s in range(start.shape[0] - 1):
-        chunks[s + 1] = chunks[s] + (start[s + 1] - start[s] + CHUNK - 1) // CHUNK
+        chunks[s + 1] = chunks[s] + (start[s + 1] - start[s] + size - 1) // size
     return chunks
 
 
 @njit(cache=True)
-def _sorted_ends(m, keys, chunks, grad, rise, fall, start, alone):
+def _sorted_ends(m, size, keys, chunks, grad, rise, fall, start, alone):
     """The first m coordinates (or somewhat more, or all) of both ends of every segment, sorted."""
     segments = start.shape[0] - 1
     order = np.empty((2, grad.shape[0]), np.int64)
@@ -165,7 +169,9 @@ def _sorted_ends(m, keys, chunks, grad, rise, fall, start, alone):
             end = 2 if alone and s == segments - 1 else e
             if b == a or (end == 2 and e == 1):
                 continue
-            found, whole[e, s] = _prefix(end, m, keys[e, chunks[s] : chunks[s + 1]], grad[a:b], rise[a:b], fall[a:b])
+            found, whole[e, s] = _prefix(
+                end, m, size, keys[e, chunks[s] : chunks[s + 1]], grad[a:b], rise[a:b], fall[a:b]
+            )
             length[e, s] = found.shape[0]
             order[e, a : a + found.shape[0]] = found + a
     return order, length, whole
@@ -303,17 +309,18 @@ def steepest(grad, rise, fall, labels, groups, lipschitz, q):
     too small for them comes with an empty step.
     """
     grad, rise, fall, where, start, alone = _gather(grad, rise, fall, labels, groups)
-    chunks = _offsets(start)
+    size = _chunk_size(grad.shape[0])
+    chunks = _offsets(start, size)
     keys = np.empty((2, chunks[-1]))
     finite = True
     for s in range(start.shape[0] - 1):
         a, b, c, d = start[s], start[s + 1], chunks[s], chunks[s + 1]
         lone = alone and s == start.shape[0] - 2
-        finite &= _chunk_keys(grad[a:b], rise[a:b], fall[a:b], lone, keys[0, c:d], keys[1, c:d])
+        finite &= _chunk_keys(grad[a:b], rise[a:b], fall[a:b], size, lone, keys[0, c:d], keys[1, c:d])
     m = max(FIRST_PREFIX, q)
     index, step, drop, norm, enough = np.empty(0, np.int64), np.empty(0), 0.0, 0.0, not finite
     while not enough:
-        order, length, whole = _sorted_ends(m, keys, chunks, grad, rise, fall, start, alone)
+        order, length, whole = _sorted_ends(m, size, keys, chunks, grad, rise, fall, start, alone)
         index, step, drop, norm, enough = walk(grad, rise, fall, order, start, length, whole, alone, lipschitz)
         if enough and q > 0:
             step = step if index.shape[0] <= q else step[:0]
@@ -340,9 +347,9 @@ def violating_ends(grad, rise, fall, labels, groups):
     if labels.shape[0] == 0:
         low, high = np.inf, -np.inf
         for k in range(grad.shape[0]):
-            if rise[k] > 0 and grad[k] < low:
+            if grad[k] < low and rise[k] > 0:  # the gradient first: that branch is almost never taken
                 low, i[0] = grad[k], k
-            if fall[k] > 0 and grad[k] > high:
+            if grad[k] > high and fall[k] > 0:
                 high, j[0] = grad[k], k
         return i, j
     best = 0.0
@@ -619,14 +626,14 @@ def pair_curvature(i, j, Q, diagonal):
     return curvature
 
 
-@njit(cache=True, fastmath=FAST, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def add_row(grad, row, t):
     """Grad += t row."""
     for k in range(row.shape[0]):
         grad[k] += t * row[k]
 
 
-@njit(cache=True, fastmath=FAST, error_model="numpy")
+@njit(cache=True, error_model="numpy")
 def add_rows(grad, row_i, row_j, t):
     """Grad += t (row_i - row_j)."""
     for k in range(row_i.shape[0]):
@@ -840,6 +847,89 @@ def steepest_loop(Q, lipschitz, grad, x, rise, fall, lower, upper, labels, group
         if shift(x, rise, fall, lower, upper, index, step) == 0:
             return done, columns, STUCK
     return steps, columns, RAN
+
+
+@njit(cache=True, error_model="numpy")
+def _move_and_argmin(grad, row_i, row_j, t, up):
+    """Grad += t (row_i - row_j); returns the first argmin of grad + up, and that minimum.
+
+    up is 0 where the coordinate can rise and inf where it cannot.
+    """
+    n = len(grad)
+    whole = n - n % LANES
+    least, i = scan_moved((grad, row_i, row_j, up), (t,), whole)
+    for k in range(whole, n):  # the same for the last n % LANES entries
+        grad[k] += t * (row_i[k] - row_j[k])
+        if grad[k] + up[k] < least:
+            least, i = grad[k] + up[k], k
+    return i, least
+
+
+@njit(cache=True, error_model="numpy")
+def _best_partner(grad, low, row_i, diagonal, g_i, d_i):
+    """First j with the largest (g_j - g_i)^2 / curvature over g_j + low_j > g_i; -1 if there is none.
+
+    low is 0 where the coordinate can fall and -inf where it cannot.
+    """
+    n = len(grad)
+    whole = n - n % LANES
+    most, j = scan_gain((grad, low, row_i, diagonal), (g_i, d_i), whole)
+    for k in range(whole, n):
+        gap = max(grad[k] + low[k] - g_i, 0.0)
+        gain = gap * gap / max(d_i + diagonal[k] - 2.0 * row_i[k], TINY)
+        if gain > most:
+            most, j = gain, k
+    return j if most > 0.0 else -1
+
+
+@njit(cache=True, error_model="numpy")
+def pair_loop(Q, grad, x, lower, upper, diagonal, tol, steps):
+    """WSS2 steps under one sum over all coordinates; moves x and grad = Qx + c in place.
+
+    Two passes a step: the last step reaches the gradient in the pass that finds i, the division that
+    ranks the partners j is in the other. Returns (steps done, violation, how it ended).
+    """
+    up = np.where(x < upper, 0.0, np.inf)
+    low = np.where(x > lower, 0.0, -np.inf)
+    i = j = done = 0
+    t = 0.0
+    while True:
+        i, g_i = _move_and_argmin(grad, Q[i], Q[j], t, up)
+        j = _best_partner(grad, low, Q[i], diagonal, g_i, diagonal[i])
+        # the pair's own gap is a lower bound of the violation: only a small one needs the maximum
+        if j < 0 or done >= steps or grad[j] - g_i <= tol:
+            worst = 0.0
+            for k in range(len(grad)):
+                worst = max(worst, grad[k] + low[k] - g_i)
+            if j < 0 or done >= steps or worst <= tol:
+                return done, worst, RAN
+        curvature = diagonal[i] + diagonal[j] - 2.0 * Q[i, j]
+        t = (grad[j] - g_i) / curvature if curvature > 0 else np.inf
+        rise, fall, x_i, x_j = upper[i] - x[i], x[j] - lower[j], x[i], x[j]
+        if t < rise and t < fall:
+            x[i] = min(x_i + t, upper[i])
+            x[j] = max(x_j - t, lower[j])
+        else:
+            t = min(rise, fall)
+            if t == np.inf:
+                return done, grad[j] - g_i, FLAT
+            x[i] = upper[i] if rise == t else x_i + t  # a bound is assigned: x + (upper - x) may miss it
+            x[j] = lower[j] if fall == t else x_j - t
+        if x[i] == x_i and x[j] == x_j:
+            return done, grad[j] - g_i, STUCK
+        done += 1
+        for k in (i, j):
+            up[k] = 0.0 if x[k] < upper[k] else np.inf
+            low[k] = 0.0 if x[k] > lower[k] else -np.inf
+
+
+@njit(cache=True)
+def pair_steps(Q, grad, x, rise, fall, lower, upper, diagonal, tol, steps):
+    """pair_loop that keeps the rooms as well; returns (steps done, how it ended)."""
+    done, _, ended = pair_loop(Q, grad, x, lower, upper, diagonal, tol, steps)
+    rise[:] = upper - x
+    fall[:] = x - lower
+    return done, ended
 
 
 @njit(cache=True)

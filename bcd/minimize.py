@@ -190,7 +190,7 @@ class _Watch:
         self.max_iter = np.inf if max_iter is None else max_iter
         self.time_limit = np.inf if time_limit is None else time_limit
         self.callback, self.trace = callback, Trace() if trace else None
-        self.started = time.perf_counter()
+        self.started, self.recording = time.perf_counter(), 0.0
         self.steps = 0
         self.undo: tuple[Any, np.ndarray] | None = None  # what the last step replaced: (where, old values)
         self.stuck = False  # nothing moved, and the rule would choose the same again
@@ -220,8 +220,8 @@ class _Watch:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self.started
+        """Since the start, without the time spent on the trace."""
+        return time.perf_counter() - self.started - self.recording
 
     def carry_out(self, step: Selection, repeats: bool) -> None:
         """Move x and its gradient by one step."""
@@ -313,11 +313,13 @@ class _Watch:
         if self.trace is None or (self.steps < self.next_trace and not last):
             return
         self.next_trace = self.steps + 1 + self.steps // 64
+        seconds = self.seconds
         row = (
-            self.steps, self.at.columns, self.seconds, self.at.value, violation, self.moves.gap(self.at.grad)
+            self.steps, self.at.columns, seconds, self.at.value, violation, self.moves.gap(self.at.grad)
         )  # fmt: skip
         for column, entry in zip(vars(self.trace).values(), row, strict=True):
             column.append(entry)
+        self.recording += self.seconds - seconds
 
 
 @contextmanager
@@ -380,7 +382,10 @@ def _greedy_burst(rule: Rule, update: Update, Q: np.ndarray) -> Burst:
         watch.undo = slice(None), moves.x.copy()
         room = (grad, moves.x, moves.rise, moves.fall, moves.lower, moves.upper, moves.labels, moves.groups)
         most = watch.burst_length(work * len(moves.x))
-        if isinstance(rule, GS1):
+        if isinstance(rule, WSS2) and len(moves.labels) == 0:
+            steps, ended = _compiled.pair_steps(Q, *room[:6], at.diagonal, tol, most)
+            columns = 2 * steps
+        elif isinstance(rule, GS1):
             steps, columns, ended = _compiled.steepest_loop(Q, at.lipschitz, *room, tol, most)
         else:
             weight = at.weight if isinstance(rule, GSL) else at.diagonal

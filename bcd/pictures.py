@@ -26,6 +26,7 @@ def plot_traces(
     against: tuple[str, ...] = ("iteration", "columns"),
     gap: bool = False,
     tol: float | None = None,
+    label: str | None = None,
 ) -> Figure:
     """Draw a quantity of one or several runs against iterations, columns or seconds.
 
@@ -43,6 +44,8 @@ def plot_traces(
         Draw the Frank-Wolfe gap as well.
     tol : float, optional
         Draw a line there.
+    label : str, optional
+        Of the vertical axis; default: the quantity.
     """
     figure = Figure(figsize=(5.2 * len(against), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -57,10 +60,11 @@ def plot_traces(
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel({"iteration": "iterations", "columns": "columns of the Hessian"}.get(axis, axis))
-        axes.set_ylabel(quantity if not gap else "")
+        axes.set_ylabel("" if gap else label or quantity)
         axes.grid(alpha=0.25, which="major")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=9)
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 9), frameon=False, fontsize=9)
     if path is not None:
         figure.savefig(path, dpi=144)
     return figure

@@ -215,12 +215,15 @@ class SolveBlock:
         tol = self.accuracy * _compiled.violation(grad, rise, fall, labels, moves.groups)
         _compiled.shift(x, rise, fall, lower, upper, np.arange(len(index)), start)
         grad = grad + Q @ start
-        _, _, ended = _compiled.greedy_loop(
-            *(_compiled.SECOND_ORDER, Q, diagonal, diagonal, 0.0, grad, x, rise, fall, lower, upper),
-            *(labels, moves.groups, tol, self.max_steps),
-        )
+        if len(labels) == 0:
+            _, _, ended = _compiled.pair_loop(Q, grad, x, lower, upper, diagonal, tol, self.max_steps)
+        else:
+            _, _, ended = _compiled.greedy_loop(
+                *(_compiled.SECOND_ORDER, Q, diagonal, diagonal, 0.0, grad, x, rise, fall, lower, upper),
+                *(labels, moves.groups, tol, self.max_steps),
+            )
         if ended == _compiled.FLAT:
-            i, j, _ = _compiled.maximal_pair(grad, rise, fall, labels, moves.groups)
+            i, j, _ = _compiled.maximal_pair(grad, upper - x, x - lower, labels, moves.groups)
             ends = [k for k in (i, j) if k >= 0]
             raise UnboundedError(Selection(index[ends], np.array([1.0 if k == i else -1.0 for k in ends])))
         step = x - moves.x[index]

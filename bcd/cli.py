@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ``bcd`` command.
+
+Exit codes: 0 the tolerances are met; 2 the command line, the file or the problem is not valid;
+3 stopped before the tolerance with the best point so far (a limit, or no further progress in this
+precision); 4 the objective is unbounded or became NaN; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import bcd
+
+app = typer.Typer(
+    help="Block coordinate descent under a summation constraint and bounds.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+EXIT = {bcd.Status.CONVERGED: 0, bcd.Status.INTERRUPTED: 130, bcd.Status.UNBOUNDED: 4, bcd.Status.NOT_FINITE: 4}
+STOPPED_EARLY, INVALID = 3, 2
+FIELDS = {"Q", "F", "D", "c", "lower", "upper", "total", "groups", "x0"}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bcd (blockdescent) {bcd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Block coordinate descent under a summation constraint and bounds."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for index.html and its pictures.")] = Path("demo"),
+) -> None:
+    """Solve a real SVM dual with every rule beside LIBSVM; write pictures."""
+    from bcd.demo import run_demo
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with _errors():
+        code = run_demo(out, console)
+    raise typer.Exit(code)
+
+
+@app.command()
+def rules() -> None:
+    """Print the table of selection rules."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("--rule", "name", "chooses", "cost of choosing", "note"):
+        table.add_column(name, no_wrap=True)
+    for key, row in bcd.RULES.items():
+        table.add_row(key, row.title, row.choice, row.cost, row.note)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+@app.command()
+def solve(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="npz with Q (n, n), or F (n, r) and optionally D (n,) for Q = F F' + diag(D); optionally c, lower, "
+            "upper (n,) or scalars, total (scalar or lo, hi), groups (n,) with total (m,) or (m, 2), x0 (n,)."
+        ),
+    ],
+    rule: Annotated[str, typer.Option(help="Selection rule; see `bcd rules`.")] = "gs1",
+    update: Annotated[
+        str | None, typer.Option(help="pair, pair-l2, model, line-search, backtracking or block.")
+    ] = None,
+    tol: Annotated[float, typer.Option(help="Violation to reach, in units of the gradient.")] = 1e-6,
+    tol_gap: Annotated[float | None, typer.Option(help="Besides, the proven bound on f - f* to reach.")] = None,
+    max_iter: Annotated[int | None, typer.Option(help="Steps at most.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the rules that draw.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result, x included, as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write x, the multipliers and the certificate to this npz.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of violation and gap to this file.")] = None,
+) -> None:
+    """Minimise 1/2 x'Qx + c'x subject to sum(x) = total and lower <= x <= upper."""
+    with _errors():
+        problem, x0 = load_problem(file)
+        _check_targets(out, plot)
+        with _progress() as callback:
+            result = bcd.minimize(
+                problem,
+                rule,
+                update,
+                x0,
+                tol=tol,
+                tol_gap=tol_gap,
+                max_iter=max_iter,
+                time_limit=time_limit,
+                callback=callback,
+                random_state=seed,
+                trace=plot is not None,
+            )
+        if out is not None:
+            save_result(out, result)
+        if plot is not None:
+            result.plot(plot)
+    print(json.dumps(_json_safe(result.as_dict())) if as_json else result)
+    raise typer.Exit(EXIT.get(result.status, STOPPED_EARLY))
+
+
+def load_problem(file: Path) -> tuple[bcd.Problem, np.ndarray | None]:
+    """Read a problem from an npz file; pickled content is refused.
+
+    Raises
+    ------
+    ValueError
+        Saying what in the file is missing, unknown or malformed.
+    """
+    data = _read_npz(file)
+    unknown = set(data) - FIELDS
+    if unknown:
+        raise ValueError(f"{file}: unknown arrays {sorted(unknown)}; known are {sorted(FIELDS)}")
+    if ("Q" in data) == ("F" in data):
+        raise ValueError(f"{file}: needs either Q or F; found {sorted(data)}")
+    if "D" in data and "F" not in data:
+        raise ValueError(f"{file}: D goes with F; found D with Q")
+    Q = data["Q"] if "Q" in data else bcd.LowRank(data["F"], data.get("D", 0.0))
+    box = bcd.SumBox(data.get("lower"), data.get("upper"), _total(data), data.get("groups"))
+    return bcd.Problem(bcd.Quadratic(Q, data.get("c", 0.0)), box), data.get("x0")
+
+
+def _read_npz(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                raise ValueError(f"{file}: must be an npz archive; this is a single array (use np.savez)")
+            return {name: stored[name] for name in stored.files}
+    except (zipfile.BadZipFile, EOFError, KeyError) as broken:
+        raise ValueError(f"{file}: not a readable npz archive ({broken})") from broken
+
+
+def _total(data: dict[str, np.ndarray]) -> Any:
+    """The total as SumBox takes it: shape () a number, (2,) a range; with groups (m,) or (m, 2)."""
+    total = data.get("total")
+    if total is None:
+        return None
+    per_group = "groups" in data
+    if total.ndim == int(per_group):
+        return total.tolist()
+    if total.ndim == int(per_group) + 1 and total.shape[-1] == 2:
+        return [tuple(row) for row in total.tolist()] if per_group else tuple(total.tolist())
+    raise ValueError(
+        f"total must be a number or (lo, hi){' for each group' if per_group else ''}; found shape {total.shape}"
+    )
+
+
+def save_result(file: Path, result: bcd.Result) -> None:
+    """Write x, multipliers and certificate as an npz without pickles."""
+    fields: dict[str, Any] = {name: np.asarray(value) for name, value in result.as_dict().items()}
+    with file.open("wb") as handle:
+        np.savez(handle, **fields)
+
+
+def _check_targets(*targets: Path | None) -> None:
+    """Refuse before the work what could not be written after it."""
+    for target in targets:
+        if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
+            raise ValueError(f"{target}: must be a file in a folder that exists")
+
+
+def _json_safe(value: Any) -> Any:
+    """JSON has no infinity: it becomes null."""
+    if isinstance(value, dict):
+        return {name: _json_safe(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_json_safe(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[bcd.Progress], None] | None]:
+    """A line that follows the run, when somebody is looking."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    last = time.monotonic()
+    with Console(stderr=True).status("compiling or starting") as line:
+
+        def show(p: bcd.Progress) -> None:
+            nonlocal last
+            if time.monotonic() - last > 0.1:
+                last = time.monotonic()
+                line.update(
+                    f"step {p.iteration:,}  objective {p.objective:.8g}  violation {p.violation:.2e}  {p.seconds:.0f} s"
+                )
+
+        yield show
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn what is wrong with the input into one sentence and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"bcd: {error}", err=True)
+        raise typer.Exit(INVALID) from error
+    except KeyboardInterrupt:
+        typer.echo("bcd: interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """Entry point of the ``bcd`` command."""
+    app()
