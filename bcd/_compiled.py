@@ -202,7 +202,7 @@ def _start_walk(grad, order, start, length, alone):
 
 @njit(cache=True)
 def walk(grad, rise, fall, order, start, length, whole, alone, lipschitz):
-    """Walk the sorted ends of every segment: steepest descent in the 1-norm (THEORY section 2).
+    """Walk the sorted ends of every segment: steepest descent in the 1-norm (docs/theory.md).
 
     Segment s is one sum constraint; ``order[e, start[s] : start[s] + length[e, s]]`` are its coordinates
     sorted for rising (e = 0) and falling (e = 1), and ``whole[e, s]`` says that no more exist. If
@@ -369,7 +369,7 @@ def violating_ends(grad, rise, fall, labels, groups):
 
 @njit(cache=True)
 def violation(grad, rise, fall, labels, groups):
-    """V(x) of THEORY section 1: 0 exactly at a KKT point, NaN when a gradient that matters is NaN."""
+    """V(x): 0 exactly at a KKT point, NaN when a gradient that matters is NaN."""
     i, j = violating_ends(grad, rise, fall, labels, groups)
     worst = 0.0
     for s in range(groups):

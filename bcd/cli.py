@@ -12,6 +12,7 @@ import json
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,13 +143,15 @@ def load_problem(file: Path) -> tuple[bcd.Problem, np.ndarray | None]:
 
 
 def _read_npz(file: Path) -> dict[str, np.ndarray]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
     try:
+        with zipfile.ZipFile(file):
+            pass
         with np.load(file, allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError(f"{file}: must be an npz archive; this is a single array (use np.savez)")
             return {name: stored[name] for name in stored.files}
-    except (zipfile.BadZipFile, EOFError, KeyError) as broken:
-        raise ValueError(f"{file}: not a readable npz archive ({broken})") from broken
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, zlib.error) as broken:
+        raise ValueError(f"{file}: must be an npz archive of plain arrays, as np.savez writes ({broken})") from broken
 
 
 def _total(data: dict[str, np.ndarray]) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bcd import _compiled
+from bcd._check import check_numeric, group_labels
 from bcd.selection import Selection
 
 __all__ = ["InfeasibleError", "Moves", "SumBox"]
@@ -76,6 +77,7 @@ class SumBox:
 def _bound(name: str, value: Any, n: int, absent: float) -> np.ndarray:
     if value is None:
         return np.full(n, absent)
+    check_numeric(name, value)
     bound = np.asarray(value, dtype=np.float64)
     if bound.shape not in ((), (n,)):
         raise ValueError(f"{name} must be a scalar or have shape ({n},); found shape {bound.shape}")
@@ -113,9 +115,7 @@ def _sums(total: Any, groups: Any, n: int) -> tuple[np.ndarray, list[tuple[float
         ranges = [] if total is None else [_range(total, "total")]
         labels = np.zeros(n, np.int64) if ranges else np.full(n, -1)
     else:
-        from bcd.selection import check_labels
-
-        labels, count = check_labels(groups, n)
+        labels, count = group_labels(groups, n)
         if not hasattr(total, "__len__"):
             raise ValueError(f"total must list one entry for each of the {count} groups; found {total!r}")
         if len(total) != count:
@@ -311,7 +311,7 @@ class Moves:
             self.settle()
 
     def violation(self, grad: np.ndarray) -> float:
-        """V(x): 0 exactly at a KKT point; the largest first-order gain per unit of mass (THEORY section 1)."""
+        """V(x): 0 exactly at a KKT point; the largest first-order gain per unit of mass (docs/theory.md)."""
         return float(_compiled.violation(grad, self.rise, self.fall, self.labels, self.groups))
 
     def shift(self, chosen: Selection) -> int:

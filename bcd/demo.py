@@ -5,7 +5,7 @@ The data are scikit-learn's digits, even against odd. With beta_i = y_i alpha_i 
 
     minimise 1/2 beta'K beta - y'beta   subject to   sum(beta) = 0,  0 <= y_i beta_i <= C
 
-(THEORY section 7), an instance of what :func:`bcd.minimize` solves.
+(docs/theory.md), an instance of what :func:`bcd.minimize` solves.
 """
 
 from __future__ import annotations

@@ -133,6 +133,9 @@ def minimize(
     at = Point(problem, moves)
     state = rule.init(moves, _seed(random_state))
     burst = _burst(rule, update, problem)
+    moves.violation(at.grad)  # compile before the clock starts
+    if burst is not None:
+        burst(at, moves, state, _Watch(at, moves, np.inf, None, 0, None, None, False))
     watch = _Watch(at, moves, tol, tol_gap, max_iter, time_limit, callback, trace)
 
     with _interrupts() as interrupted:
@@ -240,7 +243,7 @@ class _Watch:
 
     def burst_length(self, work: float) -> int:
         """How many compiled steps of ``work`` coordinates each may be taken before the next look."""
-        most = max(1, int(min(BURST_WORK / work, self.max_iter - self.steps)))
+        most = int(min(max(1.0, BURST_WORK / work), self.max_iter - self.steps))
         if self.trace is None and self.callback is None:
             return most
         return min(most, 1 + self.steps // 32)

@@ -21,6 +21,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from bcd import _compiled
+from bcd._check import as_matrix, as_vector, check_symmetric
 
 __all__ = ["GradientState", "Hessian", "LeastSquares", "Logistic", "LowRank", "Objective", "Quadratic", "Smooth"]
 
@@ -49,7 +50,7 @@ class Hessian(Protocol):
         """``grad += H[:, index] step``, in place."""
 
     def lipschitz(self, labels: Array) -> float:
-        """L1 (THEORY section 1), or an upper bound of it."""
+        """L1 (docs/theory.md), or an upper bound of it."""
 
 
 class GradientState(Protocol):
@@ -91,51 +92,6 @@ class Objective(Protocol):
 
     def start(self, x: Array) -> GradientState:
         """Follow x from here."""
-
-
-# -- input checks -------------------------------------------------------------------------------
-
-
-def _matrix(name: str, value: Any, needs: str) -> Array | sp.csc_array:
-    """A finite float64 matrix: dense C-contiguous, or CSC."""
-    if sp.issparse(value):
-        matrix = sp.csc_array(value, dtype=np.float64)
-        matrix.sum_duplicates()
-        entries = matrix.data
-    else:
-        matrix = entries = np.ascontiguousarray(value, dtype=np.float64)
-    if matrix.ndim != 2 or 0 in matrix.shape:
-        raise ValueError(f"{name} must be {needs}; found shape {matrix.shape}")
-    if not np.isfinite(entries).all():
-        raise ValueError(
-            f"{name} must be finite; found {np.count_nonzero(~np.isfinite(entries))} NaN or infinite entries"
-        )
-    return matrix
-
-
-def _vector(name: str, value: Any, n: int) -> Array:
-    """A finite float64 vector of length n; a scalar fills it."""
-    vector = np.asarray(value, dtype=np.float64)
-    if vector.shape not in ((), (n,)):
-        raise ValueError(f"{name} must have shape ({n},); found shape {vector.shape}")
-    vector = np.array(np.broadcast_to(vector, (n,)))
-    if not np.isfinite(vector).all():
-        k = int(np.argmin(np.isfinite(vector)))
-        raise ValueError(f"{name} must be finite; {name}[{k}] is {vector[k]}")
-    return vector
-
-
-def _check_symmetric(Q: Array | sp.csc_array) -> None:
-    if Q.shape[0] != Q.shape[1]:
-        raise ValueError(f"Q must be square; found shape {Q.shape}")
-    off = abs(Q - Q.T)
-    worst = off.max() if Q.shape[0] else 0.0
-    if worst > 1e-10 * abs(Q).max():
-        i, j = np.unravel_index(int(off.argmax()), Q.shape)
-        raise ValueError(
-            f"Q must be symmetric; Q[{i}, {j}] = {Q[i, j]} but Q[{j}, {i}] = {Q[j, i]}; "
-            "(Q + Q.T) / 2 gives the same function"
-        )
 
 
 # -- Hessians -----------------------------------------------------------------------------------
@@ -227,10 +183,10 @@ class LowRank:
     EXACT_UP_TO = 2048  # coordinates for which the matrix is formed once to get L1 exactly
 
     def __init__(self, F: Any, D: Any = 0.0):
-        factors = _matrix("F", F, "a matrix of shape (n, r)")
+        factors = as_matrix("F", F, "a matrix of shape (n, r)")
         self.factors = sp.csr_array(factors) if sp.issparse(factors) else factors
         self.n = self.factors.shape[0]
-        self.shift = _vector("D", D, self.n)
+        self.shift = as_vector("D", D, self.n)
         if (self.shift < 0).any():
             raise ValueError(f"D must be non-negative; found {self.shift.min()} at {int(self.shift.argmin())}")
         self.diagonal = self._square_norms() + self.shift
@@ -306,11 +262,11 @@ class Quadratic:
         if isinstance(Q, LowRank):
             self.hessian: Any = Q
         else:
-            matrix = _matrix("Q", Q, "a matrix of shape (n, n)")
-            _check_symmetric(matrix)
+            matrix = as_matrix("Q", Q, "a matrix of shape (n, n)")
+            check_symmetric(matrix)
             self.hessian = SparseHessian(matrix) if sp.issparse(matrix) else DenseHessian(matrix)
         self.n = self.hessian.n
-        self.c = _vector("c", c, self.n)
+        self.c = as_vector("c", c, self.n)
 
     def value(self, x: Array) -> float:
         """f(x)."""
@@ -355,7 +311,7 @@ class _LinearModel:
     bend: float  # upper bound on the second derivative of every loss
 
     def __init__(self, A: Any, l2: float):
-        matrix = _matrix("A", A, "a matrix of shape (m, n)")
+        matrix = as_matrix("A", A, "a matrix of shape (m, n)")
         if not l2 >= 0 or not np.isfinite(l2):
             raise ValueError(f"l2 must be non-negative and finite; found {l2}")
         self.A = matrix if sp.issparse(matrix) else np.asfortranarray(matrix)  # moves read columns
@@ -437,7 +393,7 @@ class LeastSquares(_LinearModel):
 
     def __init__(self, A: Any, b: Any, l2: float = 0.0):
         super().__init__(A, l2)
-        self.b = _vector("b", b, self.m)
+        self.b = as_vector("b", b, self.m)
 
     def loss(self, z: Array) -> Array:
         """Half the squared residuals."""
@@ -466,7 +422,7 @@ class Logistic(_LinearModel):
 
     def __init__(self, A: Any, b: Any, l2: float = 0.0):
         super().__init__(A, l2)
-        self.b = _vector("b", b, self.m)
+        self.b = as_vector("b", b, self.m)
         if not (np.abs(self.b) == 1).all():
             raise ValueError(f"b must hold labels -1 and +1; found {np.unique(self.b)[:5]}")
 

@@ -59,7 +59,7 @@ class Problem:
 
     @cached_property
     def lipschitz(self) -> float | None:
-        """L1 of THEORY section 1 (or an upper bound); None where the objective knows no curvature."""
+        """L1 (docs/theory.md), or an upper bound of it; None where the objective knows no curvature."""
         if isinstance(self.objective, Smooth) or self.objective.hessian is None:
             return getattr(self.objective, "lipschitz", None)
         labels = np.empty(0, np.int64) if self.feasible.plain else self.feasible.labels

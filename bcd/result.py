@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Answers that carry their own proof: status, certificates, result.
 
-Everything in a :class:`Certificate` is computed from the problem and x alone (THEORY section 6):
+Everything in a :class:`Certificate` is computed from the problem and x alone (docs/theory.md):
 
 * violation V(x), 0 exactly at a KKT point;
 * Frank-Wolfe gap ``max over feasible v of <g, x - v>``, for convex f a bound on ``f(x) - f*``;

@@ -38,6 +38,7 @@ import array_api_compat
 import numpy as np
 
 from bcd import _compiled
+from bcd._check import group_labels, not_finite
 
 if TYPE_CHECKING:
     from bcd.constraints import Moves
@@ -101,7 +102,7 @@ def steepest_l1(grad: Any, rise: Any, fall: Any, lipschitz: float, groups: Any =
     rise, fall : array of float, shape (n,)
         Rooms ``u - x >= 0`` and ``x - l >= 0``; may be inf; same library and device as ``grad``.
     lipschitz : float
-        L1 > 0, the Lipschitz constant of the gradient for the 1-norm (THEORY section 1); an RBF kernel
+        L1 > 0, the Lipschitz constant of the gradient for the 1-norm (docs/theory.md); an RBF kernel
         matrix has L1 <= 1/2.
     groups : array of int, shape (n,), optional
         Label of the sum constraint of each coordinate, 0, 1, ...; negative: in none, so that it moves
@@ -134,31 +135,12 @@ def steepest_l1(grad: Any, rise: Any, fall: Any, lipschitz: float, groups: Any =
     """
     _check_rooms(grad, rise, fall, lipschitz)
     if array_api_compat.is_numpy_array(grad):
-        labels, count = check_labels(groups, grad.shape[0])
+        labels, count = group_labels(groups, grad.shape[0])
         index, step, _, _, finite = _compiled.steepest(grad, rise, fall, labels, count, float(lipschitz), 0)
         if not finite:
-            raise ValueError(not_finite_message(grad))
+            raise ValueError(not_finite(grad))
         return Selection(index, step.astype(np.result_type(grad, rise, fall)))
     return _steepest_on_device(grad, rise, fall, float(lipschitz), groups)
-
-
-def not_finite_message(grad: np.ndarray, what: str = "grad") -> str:
-    """Name the first entry of ``grad`` that is NaN or infinite."""
-    k = int(np.argmin(np.isfinite(grad)))
-    return f"{what} must be finite; {what}[{k}] is {grad[k]}"
-
-
-def check_labels(groups: Any, n: int) -> tuple[np.ndarray, int]:
-    """Labels as int64 (length 0: one sum over everything) and the number of sums."""
-    if groups is None:
-        return np.empty(0, np.int64), 1
-    labels = np.asarray(groups)
-    if labels.shape != (n,) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"groups must be an integer array of shape ({n},), one label a coordinate; "
-            f"found dtype {labels.dtype} and shape {labels.shape}"
-        )
-    return labels.astype(np.int64, copy=False), int(labels.max(initial=-1)) + 1
 
 
 def _check_rooms(grad: Any, rise: Any, fall: Any, lipschitz: float) -> None:
@@ -183,7 +165,7 @@ def _steepest_on_device(grad: Any, rise: Any, fall: Any, lipschitz: float, group
     """steepest_l1 for array-API inputs: sort both ends where they are, walk their beginnings on the host."""
     xp = array_api_compat.array_namespace(grad, rise, fall)
     if not bool(xp.all(xp.isfinite(grad))):
-        raise ValueError(not_finite_message(_on_host(grad)))
+        raise ValueError(not_finite(_on_host(grad)))
     if groups is not None:  # every group has ends of its own: the labels are walked on the host
         labels = _on_host(groups) if array_api_compat.is_array_api_obj(groups) else groups
         chosen = steepest_l1(_on_host(grad), _on_host(rise), _on_host(fall), lipschitz, labels)
@@ -241,7 +223,7 @@ class GS1:
 
 @dataclass(frozen=True)
 class GS1Block:
-    """The q coordinates nearest the two ends in the order GS-1 visits them (THEORY section 4).
+    """The q coordinates nearest the two ends in the order GS-1 visits them (docs/theory.md).
 
     Holds every coordinate that GS-1 would move when those are at most q.
     """

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
 
 from bcd import _compiled
 from bcd.constraints import Moves
@@ -131,6 +130,8 @@ class LineSearch:
 
 def _root(slope: Callable[[float], float], cap: float, linear: bool) -> float:
     """The t in (0, cap] where an increasing slope, negative at 0, vanishes; cap if it stays negative."""
+    from scipy.optimize import brentq  # a third of a second to import, for a line search on a curve only
+
     first, second = slope(0.0), slope(1.0)
     if linear:
         return min(cap, first / (first - second)) if second > first else cap
@@ -181,7 +182,7 @@ class SolveBlock:
 
     Starts from the rule's step, where it has one, and so ends no higher than that step does. Where the
     block is too small to hold the GS-1 step and gains less than that step would, the GS-1 step is taken
-    (THEORY section 4).
+    (docs/theory.md).
 
     Parameters
     ----------

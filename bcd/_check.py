@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checks of what users pass in; every message names the argument, what was found and what is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+
+def check_numeric(name: str, value: Any) -> None:
+    """Raise ValueError unless value (an array, a sparse array, nested lists, a number) holds real numbers."""
+    dtype = value.dtype if sp.issparse(value) else np.asarray(value).dtype
+    if dtype.kind not in "biuf":
+        raise ValueError(f"{name} must hold real numbers; found dtype {dtype}")
+
+
+def as_matrix(name: str, value: Any, needs: str) -> np.ndarray | sp.csc_array:
+    """A finite float64 matrix: dense C-contiguous, or CSC."""
+    check_numeric(name, value)
+    if sp.issparse(value):
+        matrix = sp.csc_array(value, dtype=np.float64)
+        matrix.sum_duplicates()
+        entries = matrix.data
+    else:
+        matrix = entries = np.ascontiguousarray(value, dtype=np.float64)
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise ValueError(f"{name} must be {needs}; found shape {matrix.shape}")
+    if not np.isfinite(entries).all():
+        raise ValueError(
+            f"{name} must be finite; found {np.count_nonzero(~np.isfinite(entries))} NaN or infinite entries"
+        )
+    return matrix
+
+
+def as_vector(name: str, value: Any, n: int) -> np.ndarray:
+    """A finite float64 vector of length n; a scalar fills it."""
+    check_numeric(name, value)
+    vector = np.asarray(value, dtype=np.float64)
+    if vector.shape not in ((), (n,)):
+        raise ValueError(f"{name} must have shape ({n},); found shape {vector.shape}")
+    vector = np.array(np.broadcast_to(vector, (n,)))
+    if not np.isfinite(vector).all():
+        k = int(np.argmin(np.isfinite(vector)))
+        raise ValueError(f"{name} must be finite; {name}[{k}] is {vector[k]}")
+    return vector
+
+
+def check_symmetric(Q: np.ndarray | sp.csc_array) -> None:
+    """Raise ValueError unless Q is square and symmetric to rounding."""
+    if Q.shape[0] != Q.shape[1]:
+        raise ValueError(f"Q must be square; found shape {Q.shape}")
+    off = abs(Q - Q.T)
+    worst = off.max() if Q.shape[0] else 0.0
+    if worst > 1e-10 * abs(Q).max():
+        i, j = np.unravel_index(int(off.argmax()), Q.shape)
+        raise ValueError(
+            f"Q must be symmetric; Q[{i}, {j}] = {Q[i, j]} but Q[{j}, {i}] = {Q[j, i]}; "
+            "(Q + Q.T) / 2 gives the same function"
+        )
+
+
+def not_finite(grad: np.ndarray, what: str = "grad") -> str:
+    """Name the first entry of ``grad`` that is NaN or infinite."""
+    k = int(np.argmin(np.isfinite(grad)))
+    return f"{what} must be finite; {what}[{k}] is {grad[k]}"
+
+
+def group_labels(groups: Any, n: int) -> tuple[np.ndarray, int]:
+    """Labels as int64 (length 0: one sum over everything) and the number of sums."""
+    if groups is None:
+        return np.empty(0, np.int64), 1
+    labels = np.asarray(groups)
+    if labels.shape != (n,) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"groups must be an integer array of shape ({n},), one label a coordinate; "
+            f"found dtype {labels.dtype} and shape {labels.shape}"
+        )
+    return labels.astype(np.int64, copy=False), int(labels.max(initial=-1)) + 1

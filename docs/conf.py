@@ -1,0 +1,18 @@
+"""Sphinx configuration: `make docs`, warnings are errors, no network."""
+
+import bcd
+
+project = "blockdescent"
+author = "the blockdescent authors"
+project_copyright = "2026, the blockdescent authors"
+version = release = bcd.__version__
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_parser"]
+html_theme = "furo"
+html_title = f"blockdescent {version}"
+exclude_patterns = ["_build"]
+autosummary_generate = True
+autodoc_typehints = "none"  # numpydoc shows types
+numpydoc_show_class_members = False
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]
