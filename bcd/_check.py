@@ -73,8 +73,20 @@ def group_labels(groups: Any, n: int) -> tuple[np.ndarray, int]:
         return np.empty(0, np.int64), 1
     labels = np.asarray(groups)
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"groups must be an integer array of shape ({n},), one label a coordinate; "
-            f"found dtype {labels.dtype} and shape {labels.shape}"
-        )
-    return labels.astype(np.int64, copy=False), int(labels.max(initial=-1)) + 1
+        raise ValueError(groups_message(n, labels))
+    labels = labels.astype(np.int64, copy=False)
+    return labels, int(labels.max(initial=-1)) + 1
+
+
+def groups_message(n: int, labels: Any) -> str:
+    """Say what is wrong with labels (an array of any library)."""
+    return (
+        f"groups must be an integer array of shape ({n},), one label a coordinate; "
+        f"found dtype {labels.dtype} and shape {tuple(labels.shape)}"
+    )
+
+
+def concave_message(i: int, j: int, curvature: float) -> str:
+    """Say that a quadratic is not convex along e_i - e_j (or e_i alone where the other is negative)."""
+    along = f"e_{i} - e_{j}" if min(i, j) >= 0 else f"e_{max(i, j)}"
+    return f"Q must be positive semidefinite on the feasible directions; along {along} the curvature is {curvature:.3g}"

@@ -276,15 +276,18 @@ def fill(block, q, grad, order, start, length, whole, alone):
     while count < q and price[heap[0]] > 0:
         s = heap[0]
         pair = not (alone and s == segments - 1)
+        advanced = False
         for e in range(2 if pair else 1):
             k = order[e, start[s] + at[e, s]]
             if not named[k]:
                 named[k], index[count] = True, k
                 count += 1
-            at[e, s] += 1
-            if at[e, s] == length[e, s] and not whole[e, s]:
+            if at[e, s] + 1 < length[e, s]:  # the last of one end stays, a partner to more of the other
+                at[e, s] += 1
+                advanced = True
+            elif not whole[e, s]:
                 return block, False
-        price[s] = _price(s, pair, at, order, start, length, grad)
+        price[s] = _price(s, pair, at, order, start, length, grad) if advanced else -1.0
         _sift_down(heap, segments, price)
     return index[: min(count, max(q, block.shape[0]))].copy(), True
 
@@ -626,6 +629,13 @@ def pair_curvature(i, j, Q, diagonal):
     return curvature
 
 
+@njit(cache=True)
+def concave(curvature, i, j, diagonal):
+    """Whether a curvature along i and j (one of them -1: alone) is negative beyond rounding."""
+    scale = (abs(diagonal[i]) if i >= 0 else 0.0) + (abs(diagonal[j]) if j >= 0 else 0.0)
+    return curvature < -1e-10 * scale
+
+
 @njit(cache=True, error_model="numpy")
 def add_row(grad, row, t):
     """Grad += t row."""
@@ -761,16 +771,20 @@ def stretched(index, step, rise, fall, t):
     return out
 
 
-RAN, STUCK, FLAT = 0, 1, 2  # how a loop ended: its steps or tol; no coordinate could move; no curvature and no bound
+# how a loop ended: after its steps or at tol; nothing could move; no curvature and no bound; negative curvature
+RAN, STUCK, FLAT, CONCAVE = 0, 1, 2, 3
 
 
 @njit(cache=True)
 def _pair_step(i, j, Q, diagonal, grad, x, rise, fall, lower, upper):
-    """One exact pair step. Returns how many coordinates changed, -1 if nothing limits the step."""
+    """One exact pair step. Returns how many coordinates changed, or -FLAT or -CONCAVE where it cannot be taken."""
     gap = (grad[j] if j >= 0 else 0.0) - (grad[i] if i >= 0 else 0.0)
-    t = pair_mass(i, j, gap, pair_curvature(i, j, Q, diagonal), rise, fall)
+    curvature = pair_curvature(i, j, Q, diagonal)
+    if concave(curvature, i, j, diagonal):
+        return -CONCAVE
+    t = pair_mass(i, j, gap, curvature, rise, fall)
     if t == np.inf:
-        return -1
+        return -FLAT
     index = np.array([i, j]) if i >= 0 and j >= 0 else np.array([max(i, j)])
     step = np.array([t, -t]) if i >= 0 and j >= 0 else np.array([t if i >= 0 else -t])
     changed = shift(x, rise, fall, lower, upper, index, step)
@@ -815,7 +829,7 @@ def greedy_loop(kind, Q, diagonal, weight, lipschitz, grad, x, rise, fall, lower
             return done, columns, RAN
         changed = _pair_step(i, j, Q, diagonal, grad, x, rise, fall, lower, upper)
         if changed <= 0:
-            return done, columns, FLAT if changed < 0 else STUCK
+            return done, columns, -changed if changed < 0 else STUCK
         columns += (i >= 0) + (j >= 0)
     return steps, columns, RAN
 
@@ -904,6 +918,8 @@ def pair_loop(Q, grad, x, lower, upper, diagonal, tol, steps):
             if j < 0 or done >= steps or worst <= tol:
                 return done, worst, RAN
         curvature = diagonal[i] + diagonal[j] - 2.0 * Q[i, j]
+        if concave(curvature, i, j, diagonal):
+            return done, grad[j] - g_i, CONCAVE
         t = (grad[j] - g_i) / curvature if curvature > 0 else np.inf
         rise, fall, x_i, x_j = upper[i] - x[i], x[j] - lower[j], x[i], x[j]
         if t < rise and t < fall:
@@ -949,7 +965,8 @@ def drawn_loop(kind, Q, diagonal, grad, x, rise, fall, lower, upper, where, star
         i, j = orient(a, b, alone and place[0, a] == start.shape[0] - 2, grad)
         if not can_gain(i, j, grad, rise, fall):
             continue
-        if _pair_step(i, j, Q, diagonal, grad, x, rise, fall, lower, upper) < 0:
-            return columns, FLAT, np.array([i, j])
+        changed = _pair_step(i, j, Q, diagonal, grad, x, rise, fall, lower, upper)
+        if changed < 0:
+            return columns, -changed, np.array([i, j])
         columns += (i >= 0) + (j >= 0)
     return columns, RAN, np.array([-1, -1])

@@ -92,15 +92,13 @@ def _range(value: Any, name: str) -> tuple[float, float]:
     """A total as (lo, hi)."""
     if value is None:
         return -np.inf, np.inf
-    if isinstance(value, tuple | list):
-        if len(value) != 2:
-            raise ValueError(f"{name} must be a number or a pair (lo, hi); found {value!r}")
-        lo = -np.inf if value[0] is None else float(value[0])
-        hi = np.inf if value[1] is None else float(value[1])
-    else:
-        lo = hi = float(value)
-        if not np.isfinite(lo):
-            raise ValueError(f"{name} must be finite; found {value!r}")
+    ends = value if isinstance(value, tuple | list) else [value]
+    if len(ends) > 2 or not all(end is None or isinstance(end, int | float | np.number) for end in ends):
+        raise ValueError(f"{name} must be a number or a pair (lo, hi); found {value!r}")
+    lo = -np.inf if ends[0] is None else float(ends[0])
+    hi = np.inf if ends[-1] is None else float(ends[-1])
+    if len(ends) == 1 and not np.isfinite(lo):
+        raise ValueError(f"{name} must be finite; found {value!r}")
     if np.isnan(lo) or np.isnan(hi) or lo > hi or lo == np.inf or hi == -np.inf:
         raise ValueError(f"{name} must be a number or a pair (lo, hi) with lo <= hi; found {value!r}")
     return lo, hi

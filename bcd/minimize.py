@@ -397,7 +397,7 @@ def _greedy_burst(rule: Rule, update: Update, Q: np.ndarray) -> Burst:
                 _GREEDY[type(rule)], Q, at.diagonal, weight, lipschitz, *room, tol, most
             )
         watch.took(steps, columns, grad, stuck=ended == _compiled.STUCK)
-        if ended == _compiled.FLAT:  # let the update say along what
+        if ended in (_compiled.FLAT, _compiled.CONCAVE):  # the update raises what is to be said
             step = update(at, rule.select(at, moves, state)[0], moves)
             assert step is not None  # pair steps and line searches are never rejected
             watch.carry_out(step, repeats=True)
@@ -414,9 +414,8 @@ def _drawn_burst(kind: int, Q: np.ndarray) -> Burst:
         draws = watch.burst_length(len(moves.x))
         columns, ended, pair = _compiled.drawn_loop(kind, Q, at.diagonal, *room, alone, state.drawn, state.seed, draws)
         watch.took(draws, columns, grad, stuck=False)
-        if ended == _compiled.FLAT:
-            ends = pair[pair >= 0]
-            raise UnboundedError(Selection(ends, np.where(ends == pair[0], 1.0, -1.0)))
+        if ended != _compiled.RAN:  # the update raises what is to be said
+            PairStep()(at, Selection(pair[pair >= 0]), moves)
         return Drawn(state.seed, state.drawn + draws)
 
     return run

@@ -21,7 +21,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from bcd import _compiled
-from bcd._check import as_matrix, as_vector, check_symmetric
+from bcd._check import as_matrix, as_vector, check_symmetric, concave_message
 
 __all__ = ["GradientState", "Hessian", "LeastSquares", "Logistic", "LowRank", "Objective", "Quadratic", "Smooth"]
 
@@ -125,10 +125,7 @@ class DenseHessian:
         """L1 exactly; ValueError where the matrix is not convex on a pair."""
         high, low, i, j = _compiled.pair_extremes(self.matrix, labels)
         if low < -1e-10 * high:
-            along = f"e_{i}" if i == j else f"e_{i} - e_{j}"
-            raise ValueError(
-                f"Q must be positive semidefinite on the feasible directions; along {along} the curvature is {low:.3g}"
-            )
+            raise ValueError(concave_message(i, j if i != j else -1, low if i == j else 4 * low))
         return high
 
 

@@ -38,7 +38,7 @@ import array_api_compat
 import numpy as np
 
 from bcd import _compiled
-from bcd._check import group_labels, not_finite
+from bcd._check import group_labels, groups_message, not_finite
 
 if TYPE_CHECKING:
     from bcd.constraints import Moves
@@ -150,15 +150,24 @@ def _check_rooms(grad: Any, rise: Any, fall: Any, lipschitz: float) -> None:
             "grad, rise and fall must be vectors of one length; "
             f"found shapes {tuple(grad.shape)}, {tuple(rise.shape)} and {tuple(fall.shape)}"
         )
+    for name, array in (("grad", grad), ("rise", rise), ("fall", fall)):
+        if not xp.isdtype(array.dtype, "real floating"):
+            raise ValueError(f"{name} must be floating point; found dtype {array.dtype}")
     if not lipschitz > 0:
         raise ValueError(f"lipschitz must be positive; found {lipschitz}")
     for name, room in (("rise", rise), ("fall", fall)):
         if room.shape[0] and not bool(xp.min(room) >= 0):
-            raise ValueError(f"{name} must be non-negative (a room left before a bound); its minimum is {xp.min(room)}")
+            raise ValueError(
+                f"{name} must be non-negative (a room left before a bound); its minimum is {float(xp.min(room))}"
+            )
 
 
 def _on_host(array: Any) -> np.ndarray:
-    return np.asarray(array_api_compat.to_device(array, "cpu"))
+    """Copy an array of any library and device into NumPy."""
+    try:
+        return np.array(np.from_dlpack(array))
+    except (BufferError, RuntimeError, TypeError):  # it lives on another device
+        return np.array(np.from_dlpack(array_api_compat.to_device(array, "cpu")))
 
 
 def _steepest_on_device(grad: Any, rise: Any, fall: Any, lipschitz: float, groups: Any) -> Selection:
@@ -166,9 +175,12 @@ def _steepest_on_device(grad: Any, rise: Any, fall: Any, lipschitz: float, group
     xp = array_api_compat.array_namespace(grad, rise, fall)
     if not bool(xp.all(xp.isfinite(grad))):
         raise ValueError(not_finite(_on_host(grad)))
-    if groups is not None:  # every group has ends of its own: the labels are walked on the host
-        labels = _on_host(groups) if array_api_compat.is_array_api_obj(groups) else groups
-        chosen = steepest_l1(_on_host(grad), _on_host(rise), _on_host(fall), lipschitz, labels)
+    if groups is not None:  # every group has ends of its own: all are walked on the host
+        if array_api_compat.is_array_api_obj(groups):
+            if not array_api_compat.array_namespace(groups).isdtype(groups.dtype, "integral"):
+                raise ValueError(groups_message(grad.shape[0], groups))
+            groups = _on_host(groups)
+        chosen = steepest_l1(_on_host(grad), _on_host(rise), _on_host(fall), lipschitz, groups)
     else:
         chosen = _walk_prefixes(xp, grad, rise, fall, lipschitz)
     device = array_api_compat.device(grad)
@@ -194,7 +206,7 @@ def _walk_prefixes(xp: Any, grad: Any, rise: Any, fall: Any, lipschitz: float) -
         start = np.array([0, len(g)])
         index, step, _, _, enough = _compiled.walk(g, up, down, order, start, length, whole, False, lipschitz)
         if enough:
-            return Selection(_on_host(taken)[index], step.astype(g.dtype))
+            return Selection(_on_host(taken)[index], step.astype(np.result_type(g, up, down)))
         m *= _compiled.GROW_PREFIX
 
 

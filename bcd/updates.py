@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from bcd import _compiled
+from bcd._check import concave_message
 from bcd.constraints import Moves
 from bcd.problem import Point, Problem
 from bcd.selection import GS1, GSL, WSS2, GS1Block, GSq, GSs, Rule, Selection, _Draws
@@ -79,6 +80,8 @@ class PairStep:
         if self.curvature == "exact":
             block = at.block(pair.index)
             curvature = block[0, 0] if len(block) == 1 else block[0, 0] + block[1, 1] - 2 * block[0, 1]
+            if _compiled.concave(curvature, i, j, at.diagonal):
+                raise ValueError(concave_message(i, j, curvature))
         else:
             curvature = at.lipschitz * len(pair.index) ** 2
         mass = _compiled.pair_mass(i, j, gap, curvature, moves.rise, moves.fall)
@@ -223,6 +226,9 @@ class SolveBlock:
                 *(_compiled.SECOND_ORDER, Q, diagonal, diagonal, 0.0, grad, x, rise, fall, lower, upper),
                 *(labels, moves.groups, tol, self.max_steps),
             )
+        if ended == _compiled.CONCAVE:
+            _, low, a, b = _compiled.pair_extremes(Q, labels)
+            raise ValueError(concave_message(int(index[a]), int(index[b]), 4 * low))
         if ended == _compiled.FLAT:
             i, j, _ = _compiled.maximal_pair(grad, upper - x, x - lower, labels, moves.groups)
             ends = [k for k in (i, j) if k >= 0]
