@@ -21,6 +21,7 @@ from bcd._vector import LANES, TINY, scan_gain, scan_moved
 
 FIRST_PREFIX = 8  # coordinates of an end sorted at first; four times more whenever they run out
 GROW_PREFIX = 4
+SAMPLE = 4096  # coordinates whose quantiles stand for those of all
 EPS = np.finfo(np.float64).eps
 
 
@@ -75,19 +76,21 @@ def _chunk_keys(grad, rise, fall, size, alone, keys0, keys1):
 
 @njit(cache=True)
 def _threshold(end, m, keys, grad, rise, fall):
-    """A value that at least m keys of this end reach, or -inf when there are at most m."""
+    """A value that about m keys of this end reach; -inf for all of them.
+
+    While m is small, the m-th largest best key of a chunk; then a quantile of a sample.
+    """
     if 3 * m <= 2 * keys.shape[0]:
         return np.partition(keys, keys.shape[0] - m)[keys.shape[0] - m]
-    every = np.empty(grad.shape[0])
-    count = 0
-    for k in range(grad.shape[0]):
-        key = _key(end, np.float64(grad[k]), rise[k], fall[k])
-        if key > -np.inf:
-            every[count] = key
-            count += 1
-    if count <= m:
+    n = grad.shape[0]
+    if 4 * m >= n:
         return -np.inf
-    return np.partition(every[:count], count - m)[count - m]
+    stride = max(1, n // SAMPLE)
+    some = np.empty((n + stride - 1) // stride)
+    for k in range(some.shape[0]):
+        some[k] = -_key(end, np.float64(grad[k * stride]), rise[k * stride], fall[k * stride])
+    some.sort()
+    return -some[m // stride]
 
 
 @njit(cache=True)
@@ -185,7 +188,7 @@ def _price(s, pair, at, order, start, length, grad):
     g0 = np.float64(grad[order[0, start[s] + at[0, s]]])
     if not pair:
         return abs(g0)
-    return 0.5 * (np.float64(grad[order[1, start[s] + at[1, s]]]) - g0)
+    return 0.5 * np.float64(grad[order[1, start[s] + at[1, s]]]) - 0.5 * g0  # the halves cannot overflow
 
 
 @njit(cache=True)
@@ -417,9 +420,9 @@ def partner(grad, fall, labels, group, i, column, diagonal):
 @njit(cache=True, error_model="numpy")
 def best_alone(grad, rise, fall, labels, diagonal):
     """Among the coordinates in no sum, the one with the largest g^2 / curvature."""
-    best, i = 0.0, -1
+    best, i = -1.0, -1  # a score may underflow to 0
     for k in range(grad.shape[0]):
-        if labels[k] < 0 and (rise[k] if grad[k] < 0 else fall[k]) > 0:
+        if labels[k] < 0 and grad[k] != 0 and (rise[k] if grad[k] < 0 else fall[k]) > 0:
             score = grad[k] * grad[k] / max(diagonal[k], TINY)
             if score > best:
                 best, i = score, k
@@ -433,9 +436,11 @@ def best_model_pair(grad, rise, fall, labels, lipschitz):
     A pair step of mass t decreases the model by ``gap t - L2 t^2``, a coordinate alone by
     ``|g| t - lipschitz t^2 / 2``; both are <g, d> + lipschitz / 2 ||d||_1^2. O(n^2). Returns (i, j, t).
     """
-    best, bi, bj, bt = 0.0, -1, -1, 0.0
+    best, bi, bj, bt = -1.0, -1, -1, 0.0  # a decrease may underflow to 0
     for i in range(grad.shape[0]):
         if labels.shape[0] > 0 and labels[i] < 0:
+            if grad[i] == 0 or not (rise[i] if grad[i] < 0 else fall[i]) > 0:
+                continue
             t = min(abs(grad[i]) / lipschitz, rise[i] if grad[i] < 0 else fall[i])
             drop = abs(grad[i]) * t - 0.5 * lipschitz * t * t
             if drop > best:
@@ -840,8 +845,9 @@ def exact_multiple(drop, Q, index, step, rise, fall):
     cap = largest_multiple(index, step, rise, fall)
     if cap <= 1:  # a coordinate is at its bound: with a valid constant the step is already the best multiple
         return cap
-    curvature = block_curvature(Q, index, step)
-    return min(cap, drop / curvature) if curvature > 0 else cap
+    scale = np.abs(step).max()  # the curvature of a tiny step could underflow
+    curvature = block_curvature(Q, index, step / scale)
+    return min(cap, drop / scale / curvature / scale) if curvature > 0 else cap
 
 
 @njit(cache=True)

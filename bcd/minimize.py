@@ -6,7 +6,7 @@
     while V(x) > tol:  a rule selects coordinates,  an update says how far,  x and its gradient move
 
 The violation V stops it, after the gradient was rebuilt from x. On an explicit dense Hessian the same
-steps are taken many at a time in compiled code (``_burst``), with the same choices.
+steps are taken many at a time in compiled code (``_burst``), with the same choices up to rounding.
 """
 
 from __future__ import annotations
@@ -137,6 +137,8 @@ def minimize(
     if burst is not None:
         burst(at, moves, state, _Watch(at, moves, np.inf, None, 0, None, None, False))
     watch = _Watch(at, moves, tol, tol_gap, max_iter, time_limit, callback, trace)
+    # a rule without a state depends on the point alone; one with a state may have to go through all pairs
+    watch.window = max(1000, 10 * len(moves.x) if state is None else len(moves.x) ** 2)
 
     with _interrupts() as interrupted:
         while (status := watch.verdict(interrupted)) is None:
@@ -145,7 +147,7 @@ def minimize(
                     state = burst(at, moves, state, watch)
                     continue
                 chosen, after = rule.select(at, moves, state)
-                step = update(at, chosen, moves) if len(chosen.index) else chosen
+                step = update(at, chosen, moves) if len(chosen.index) else Selection(chosen.index, np.zeros(0))
                 if step is not None:  # None: at.lipschitz was too small and has been raised
                     watch.carry_out(step, repeats=after is state)
                 state = after
@@ -199,6 +201,7 @@ class _Watch:
         self.stuck = False  # nothing moved, and the rule would choose the same again
         self.next_gap = self.next_trace = self.next_check = 0
         self.best_violation, self.last_value, self.stalls = np.inf, np.inf, 0
+        self.window = 0  # steps within which there must be progress
 
     def verdict(self, interrupted: list[bool]) -> Status | None:
         """Why to stop now, or None to go on."""
@@ -301,7 +304,7 @@ class _Watch:
         better = violation < 0.99 * self.best_violation or value < self.last_value - 4 * _compiled.EPS * abs(value)
         self.best_violation = min(self.best_violation, violation)
         self.last_value = min(self.last_value, value)
-        self.next_check = self.steps + max(1000, 10 * len(self.moves.x))
+        self.next_check = self.steps + self.window
         self.stalls = 0 if better and not self.stuck else self.stalls + 1
         if self.stalls:
             self.moves.settle()

@@ -151,10 +151,10 @@ def _check_rooms(grad: Any, rise: Any, fall: Any, lipschitz: float) -> None:
             f"found shapes {tuple(grad.shape)}, {tuple(rise.shape)} and {tuple(fall.shape)}"
         )
     for name, array in (("grad", grad), ("rise", rise), ("fall", fall)):
-        if not xp.isdtype(array.dtype, "real floating"):
-            raise ValueError(f"{name} must be floating point; found dtype {array.dtype}")
-    if not lipschitz > 0:
-        raise ValueError(f"lipschitz must be positive; found {lipschitz}")
+        if array.dtype not in (xp.float32, xp.float64):
+            raise ValueError(f"{name} must be float32 or float64; found dtype {array.dtype}")
+    if not 0 < lipschitz < np.inf:
+        raise ValueError(f"lipschitz must be positive and finite; found {lipschitz}")
     for name, room in (("rise", rise), ("fall", fall)):
         if room.shape[0] and not bool(xp.min(room) >= 0):
             raise ValueError(
@@ -214,7 +214,7 @@ def _selection(i: int, j: int, mass: float | None = None) -> Selection:
     """A pair (i rises, j falls), or one coordinate where i or j is -1; empty where both are."""
     index = np.array([k for k in (i, j) if k >= 0], dtype=np.int64)
     if mass is None:
-        return Selection(index)
+        return Selection(index, None if len(index) else np.zeros(0))
     return Selection(index, np.array([mass if k == i else -mass for k in index.tolist()]))
 
 

@@ -125,20 +125,22 @@ class LineSearch:
         cap = _compiled.largest_multiple(chosen.index, chosen.step, moves.rise, moves.fall)
         if cap <= 1:  # a coordinate is at its bound: with a valid constant the step is already the best multiple
             return chosen
-        t = _root(at.along(chosen), cap, at.problem.objective.exact)
+        scale = np.abs(chosen.step).max()  # the curvature of a tiny step could underflow
+        unit = Selection(chosen.index, chosen.step / scale)
+        t = _root(at.along(unit), scale, cap * scale, at.problem.objective.exact)
         if t == np.inf:
-            raise UnboundedError(chosen)
-        return Selection(chosen.index, _compiled.stretched(chosen.index, chosen.step, moves.rise, moves.fall, t))
+            raise UnboundedError(unit)
+        return Selection(unit.index, _compiled.stretched(unit.index, unit.step, moves.rise, moves.fall, t))
 
 
-def _root(slope: Callable[[float], float], cap: float, linear: bool) -> float:
+def _root(slope: Callable[[float], float], guess: float, cap: float, linear: bool) -> float:
     """The t in (0, cap] where an increasing slope, negative at 0, vanishes; cap if it stays negative."""
     from scipy.optimize import brentq  # a third of a second to import, for a line search on a curve only
 
-    first, second = slope(0.0), slope(1.0)
     if linear:
+        first, second = slope(0.0), slope(1.0)
         return min(cap, first / (first - second)) if second > first else cap
-    a, b = 0.0, 1.0
+    a, b = 0.0, guess
     while slope(b) < 0:
         if b == cap or b > 1e300:
             return cap

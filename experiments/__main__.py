@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``python -m experiments list | run NAME [--quick] | tables``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Annotated
+
+import typer
+
+import experiments
+from experiments import record, tables
+
+app = typer.Typer(help="Run the experiments behind the figures and tables.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_experiments() -> None:
+    """Name every experiment with its title."""
+    for name in experiments.names():
+        source = (experiments.FOLDER / f"{name}.py").read_text(encoding="utf-8")
+        title = re.search(r'^TITLE = "(.*)"', source, re.MULTILINE)[1]
+        typer.echo(f"{name:16} {title}")
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="as the list command names it")],
+    quick: Annotated[bool, typer.Option(help="smaller sizes, under two minutes; results stay as they are")] = False,
+) -> None:
+    """Run one experiment and save its numbers and pictures."""
+    try:
+        module = experiments.module(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
+        paths = record.record(name, module, quick)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    for path in paths:
+        typer.echo(path)
+
+
+@app.command("tables")
+def rewrite_tables() -> None:
+    """Rewrite the tables in README.md and docs from the result files."""
+    for path in tables.documents():
+        changed = tables.update(path)
+        typer.echo(f"{path.name}: {'rewritten' if changed else 'in step'}")
+
+
+if __name__ == "__main__":
+    app()
