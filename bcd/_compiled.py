@@ -430,6 +430,16 @@ def best_alone(grad, rise, fall, labels, diagonal):
 
 
 @njit(cache=True)
+def _model_decrease(gap, curvature, room):
+    """(decrease, t) of the model -gap t + curvature t^2 / 2 at its best t in [0, room]."""
+    if curvature == 0:
+        return gap * room, room
+    if curvature * room <= gap:
+        return (gap - 0.5 * curvature * room) * room, room
+    return 0.5 * gap * gap / curvature, gap / curvature
+
+
+@njit(cache=True)
 def best_model_pair(grad, rise, fall, labels, lipschitz):
     """GS-q: the feasible pair (i, j) with the largest decrease of the model with constant L2 = 2 lipschitz.
 
@@ -441,8 +451,7 @@ def best_model_pair(grad, rise, fall, labels, lipschitz):
         if labels.shape[0] > 0 and labels[i] < 0:
             if grad[i] == 0 or not (rise[i] if grad[i] < 0 else fall[i]) > 0:
                 continue
-            t = min(abs(grad[i]) / lipschitz, rise[i] if grad[i] < 0 else fall[i])
-            drop = abs(grad[i]) * t - 0.5 * lipschitz * t * t
+            drop, t = _model_decrease(abs(grad[i]), lipschitz, rise[i] if grad[i] < 0 else fall[i])
             if drop > best:
                 best, bt = drop, t
                 bi, bj = (i, -1) if grad[i] < 0 else (-1, i)
@@ -452,8 +461,7 @@ def best_model_pair(grad, rise, fall, labels, lipschitz):
         for j in range(grad.shape[0]):
             gap = grad[j] - grad[i]
             if gap > 0 and fall[j] > 0 and (labels.shape[0] == 0 or labels[i] == labels[j]):
-                t = min(gap / (4 * lipschitz), rise[i], fall[j])
-                drop = gap * t - 2 * lipschitz * t * t
+                drop, t = _model_decrease(gap, 4 * lipschitz, min(rise[i], fall[j]))
                 if drop > best:
                     best, bi, bj, bt = drop, i, j, t
     return bi, bj, bt

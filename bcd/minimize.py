@@ -46,6 +46,7 @@ from bcd.updates import LineSearch, PairStep, UnboundedError, Update, resolve_up
 __all__ = ["Progress", "minimize"]
 
 BURST_WORK = 2e7  # coordinates visited in one burst of compiled steps, about 20 ms: Ctrl-C waits no longer
+MOST_REJECTED = 200  # doublings of the constant without one accepted step
 STALLS = 3  # looks in a row without progress before the run is called stagnated
 
 
@@ -148,7 +149,9 @@ def minimize(
                     continue
                 chosen, after = rule.select(at, moves, state)
                 step = update(at, chosen, moves) if len(chosen.index) else Selection(chosen.index, np.zeros(0))
-                if step is not None:  # None: at.lipschitz was too small and has been raised
+                if step is None:  # at.lipschitz was too small and has been raised
+                    watch.rejected += 1
+                else:
                     watch.carry_out(step, repeats=after is state)
                 state = after
             except UnboundedError as unbounded:
@@ -201,6 +204,7 @@ class _Watch:
         self.stuck = False  # nothing moved, and the rule would choose the same again
         self.next_gap = self.next_trace = self.next_check = 0
         self.best_violation, self.last_value, self.stalls = np.inf, np.inf, 0
+        self.rejected = 0  # steps in a row that the update did not accept
         self.window = 0  # steps within which there must be progress
 
     def verdict(self, interrupted: list[bool]) -> Status | None:
@@ -231,6 +235,7 @@ class _Watch:
 
     def carry_out(self, step: Selection, repeats: bool) -> None:
         """Move x and its gradient by one step."""
+        self.rejected = 0
         self.undo = step.index, self.moves.x[step.index].copy()
         changed = self.moves.shift(step)
         self.at.move(step)
@@ -298,6 +303,8 @@ class _Watch:
     def _stalled(self, violation: float) -> bool:
         """Whether rounding is all that still changes."""
         value_matters = self.steps >= self.next_check
+        if self.rejected > MOST_REJECTED:
+            return True
         if not self.stuck and not value_matters:
             return False
         value = self.at.value

@@ -57,8 +57,9 @@ def plot_traces(
                 axes.plot(*_points(trace, axis, "gap"), label="Frank-Wolfe gap", linewidth=1.6, **_second(style))
         if tol is not None:
             axes.axhline(tol, color="#999999", linewidth=0.8)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        if any(len(line.get_xdata()) for line in axes.lines):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
         axes.set_xlabel({"iteration": "iterations", "columns": "columns of the Hessian"}.get(axis, axis))
         axes.set_ylabel("" if gap else label or quantity)
         axes.grid(alpha=0.25, which="major")

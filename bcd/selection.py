@@ -214,7 +214,7 @@ def _selection(i: int, j: int, mass: float | None = None) -> Selection:
     """A pair (i rises, j falls), or one coordinate where i or j is -1; empty where both are."""
     index = np.array([k for k in (i, j) if k >= 0], dtype=np.int64)
     if mass is None:
-        return Selection(index, None if len(index) else np.zeros(0))
+        return Selection(index)
     return Selection(index, np.array([mass if k == i else -mass for k in index.tolist()]))
 
 

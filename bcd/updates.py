@@ -161,21 +161,22 @@ class Backtracking:
         if chosen.step is None:
             chosen = PairStep("l2")(at, chosen, moves)
         chosen = ModelStep()(at, chosen, moves)
-        if self._agrees(at, chosen):
+        slope, square = float(at.grad[chosen.index] @ chosen.step), float(np.abs(chosen.step).sum()) ** 2
+        if self._agrees(at, chosen, slope, square):
             at.lipschitz *= 0.9
             return chosen
-        at.lipschitz *= 2
+        at.lipschitz = 2 * at.lipschitz if at.lipschitz > 0 else -1e-6 * slope / square
         return None
 
     @staticmethod
-    def _agrees(at: Point, chosen: Selection) -> bool:
+    def _agrees(at: Point, chosen: Selection, slope: float, square: float) -> bool:
         there = at.x.copy()
         there[chosen.index] += chosen.step
         objective, n = at.problem.objective, at.n
-        slope, square = float(at.grad[chosen.index] @ chosen.step), float(np.abs(chosen.step).sum()) ** 2
         value = objective.value(there[:n])
-        if abs(slope) > 1e-10 * max(abs(at.value), abs(value)) or not np.isfinite(value):
-            return bool(value <= at.value + slope + 0.5 * at.lipschitz * square)
+        rounding = 4 * _compiled.EPS * max(abs(at.value), abs(value))
+        if abs(slope) > 1e5 * rounding or not np.isfinite(value):
+            return bool(value <= at.value + slope + 0.5 * at.lipschitz * square + rounding)
         change = objective.gradient(there[:n]) - at.grad[:n]
         real = chosen.index < n
         return bool(change[chosen.index[real]] @ chosen.step[real] <= at.lipschitz * square)

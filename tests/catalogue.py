@@ -288,7 +288,7 @@ def _linear() -> Case:
     return Case(problem, float(known.fun), np.asarray(known.x), accuracy=1e-12)
 
 
-def svm_dual(rows: int, C: float = 1.0) -> tuple[Array, Array]:
+def svm_dual(rows: int) -> tuple[Array, Array]:
     """Kernel matrix (RBF, gamma = 1/30) and labels of the first rows of the breast cancer data, standardised."""
     from sklearn.datasets import load_breast_cancer
 

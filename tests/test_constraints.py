@@ -277,7 +277,8 @@ def test_a_shift_counts_only_what_changed():
 def test_settling_takes_rounding_out_of_the_sum():
     rng = np.random.default_rng(7)
     groups = np.arange(30) % 3
-    moves = Moves(bcd.SumBox(0, 1, [4, 5, 6], groups).bind(30), bcd.SumBox(0, 1, [4, 5, 6], groups).bind(30).project(rng.random(30)))  # fmt: skip
+    feasible = bcd.SumBox(0, 1, [4, 5, 6], groups).bind(30)
+    moves = Moves(feasible, feasible.project(rng.random(30)))
     noisy = np.clip(moves.x + 1e-13 * rng.normal(size=30), 0, 1)
     moves.place_at(noisy)
     moves.settle()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The loop: every rule solves every problem, certified; stops, limits, interruptions; compiled = one by one."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -106,7 +107,8 @@ def test_a_single_violating_pair_is_found_by_rules_that_draw():
     n = 600
     x = np.full(n, 1.0)
     x[[0, 1]] = 1.5, 0.5
-    problem = bcd.Problem(bcd.Quadratic(np.eye(n)), bcd.SumBox(np.r_[0, 0, np.ones(n - 2)], np.r_[2, 2, np.ones(n - 2)], n))  # fmt: skip
+    fixed = np.ones(n - 2)
+    problem = bcd.Problem(bcd.Quadratic(np.eye(n)), bcd.SumBox(np.r_[0, 0, fixed], np.r_[2, 2, fixed], n))
     for rule in DRAWN:
         result = bcd.minimize(problem, rule, x0=x, time_limit=60)
         assert result.status is bcd.Status.CONVERGED, rule
@@ -331,8 +333,8 @@ def test_the_callback_sees_the_run_and_stops_it():
     assert result.iterations == 12
     assert [p.iteration for p in seen] == list(range(13))
     assert [p.columns for p in seen] == list(range(0, 26, 2))
-    assert all(a.seconds <= b.seconds for a, b in zip(seen, seen[1:], strict=False))
-    assert all(a.objective >= b.objective for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a.seconds <= b.seconds for a, b in itertools.pairwise(seen))
+    assert all(a.objective >= b.objective for a, b in itertools.pairwise(seen))
 
 
 @pytest.mark.parametrize("rule", ["gs1", "wss2", "random"])
@@ -358,13 +360,17 @@ def test_tolerance_zero_ends_by_itself(rule, name):
     known = case(name)
     result = bcd.minimize(known.problem, rule, tol=0, time_limit=20)
     assert result.status in (bcd.Status.STAGNATED, bcd.Status.CONVERGED)
-    assert result.violation <= 1e-12
+    # a burst takes up to 4e5 steps between two rebuilt gradients, each of which may round by 2e-16
+    assert result.violation <= 1e-10
     assert abs(result.objective - known.minimum) <= 1e-12 + 2 * known.accuracy * max(1, abs(known.minimum))
     assert infeasibility_of(known.problem, result.x) == 0
 
 
-@pytest.mark.parametrize("tiny", [1.0, 1e-140, 1e-160, 1e-300])
-@pytest.mark.parametrize("rule", [*GREEDY, "gs", "block", *DRAWN])
+@pytest.mark.parametrize(
+    ("rule", "tiny"),
+    [(rule, tiny) for rule in (*GREEDY, "gs", "block") for tiny in (1.0, 1e-140, 1e-160, 1e-300)]
+    + [(rule, tiny) for rule in DRAWN for tiny in (1.0, 1e-300)],
+)
 def test_a_minimum_of_zero_at_zero_ends_by_itself_with_tolerance_zero(rule, tiny):
     """x, g and f fall through the exponents, and every step is progress, down to squares that underflow to 0.
 
@@ -671,11 +677,12 @@ def test_the_matrix_and_the_vectors_are_not_changed():
     np.testing.assert_array_equal(c, copies[1])
 
 
-def test_a_step_after_a_step_is_never_torn_by_scale():
-    """Data of size 1e-8 and 1e8 are the same problem: as many steps, the same point."""
+def test_the_scale_of_the_data_changes_no_step():
+    """Data of size 1e-12 and 1e12 are the same problem: as many steps, the same point."""
     Q, c = random_qp(9, 20)
+    box = bcd.SumBox(-1, 1, 1)
     runs = [
-        bcd.minimize(bcd.Problem(bcd.Quadratic(2.0**k * Q, 2.0**k * c), bcd.SumBox(-1, 1, 1)), "wss2", tol=2.0**k * 1e-7)
+        bcd.minimize(bcd.Problem(bcd.Quadratic(2.0**k * Q, 2.0**k * c), box), "wss2", tol=2.0**k * 1e-7)
         for k in (-40, 0, 40)
     ]  # fmt: skip
     for run in runs:

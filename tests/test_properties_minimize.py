@@ -36,7 +36,8 @@ def constraints(draw, n, bounded=False):
     def total(member, kind):
         s = float(inside[member].sum())
         low, high = draw(st.floats(0, 3)), draw(st.floats(0, 3))
-        return {"total": s, "range": (s - low, s + high), "side": draw(st.sampled_from([(None, s + high), (s - low, None)]))}[kind]  # fmt: skip
+        side = draw(st.sampled_from([(None, s + high), (s - low, None)]))
+        return {"total": s, "range": (s - low, s + high), "side": side}[kind]
 
     if kind != "groups":
         return bcd.SumBox(lower, upper, total(np.ones(n, bool), kind)), inside

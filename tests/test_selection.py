@@ -407,10 +407,10 @@ def test_the_message_shows_the_negative_room_as_a_number(vector):
         bcd.steepest_l1(good, room, good, 1.0)
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, -np.inf])
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, -np.inf, np.inf])
 def test_lipschitz_must_be_positive(vector, bad):
     one = vector(np.ones(3))
-    with pytest.raises(ValueError, match=f"lipschitz must be positive; found {bad}"):
+    with pytest.raises(ValueError, match=f"lipschitz must be positive and finite; found {bad}"):
         bcd.steepest_l1(one, one, one, bad)
 
 
