@@ -394,13 +394,13 @@ def maximal_pair(grad, rise, fall, labels, groups):
     A coordinate that moves alone comes as (i, -1) or (-1, j). Returns (i, j, group), all -1 at a KKT point.
     """
     i, j = violating_ends(grad, rise, fall, labels, groups)
-    best, group = 0.0, -1
+    best, group = 0.0, -1  # twice the price, since half of a tiny gap underflows
     for s in range(groups):
-        if i[s] >= 0 and j[s] >= 0 and 0.5 * (grad[j[s]] - grad[i[s]]) > best:
-            best, group = 0.5 * (grad[j[s]] - grad[i[s]]), s
+        if i[s] >= 0 and j[s] >= 0 and grad[j[s]] - grad[i[s]] > best:
+            best, group = grad[j[s]] - grad[i[s]], s
     for k in (i[groups], j[groups]):
-        if k >= 0 and abs(grad[k]) > best:
-            best, group = abs(grad[k]), groups
+        if k >= 0 and 2 * abs(grad[k]) > best:
+            best, group = 2 * abs(grad[k]), groups
     return (i[group], j[group], group) if group >= 0 else (-1, -1, -1)
 
 
@@ -806,7 +806,7 @@ def _pair_step(i, j, Q, diagonal, grad, x, rise, fall, lower, upper):
 
 
 @njit(cache=True)
-def _second_order_pair(grad, rise, fall, labels, groups, Q, diagonal):
+def second_order_pair(grad, rise, fall, labels, groups, Q, diagonal):
     """WSS2 on an explicit Hessian: i by gradient, j by gap^2 / curvature in i's group."""
     i, _, group = maximal_pair(grad, rise, fall, labels, groups)
     if group == groups:  # moves alone
@@ -830,7 +830,7 @@ def greedy_loop(kind, Q, diagonal, weight, lipschitz, grad, x, rise, fall, lower
     columns = 0
     for done in range(steps):
         if kind == SECOND_ORDER:
-            i, j = _second_order_pair(grad, rise, fall, labels, groups, Q, diagonal)
+            i, j = second_order_pair(grad, rise, fall, labels, groups, Q, diagonal)
         elif kind == MODEL:
             i, j, _ = best_model_pair(grad, rise, fall, labels, lipschitz)
         elif kind == WEIGHTED:
@@ -866,7 +866,7 @@ def steepest_loop(Q, lipschitz, grad, x, rise, fall, lower, upper, labels, group
         if violation(grad, rise, fall, labels, groups) <= tol:
             return done, columns, RAN
         index, step, drop, _, _ = steepest(grad, rise, fall, labels, groups, lipschitz, 0)
-        t = exact_multiple(drop, Q, index, step, rise, fall)
+        t = exact_multiple(drop, Q, index, step, rise, fall) if drop < np.inf else np.inf
         if t == np.inf:
             return done, columns, FLAT
         step = stretched(index, step, rise, fall, t)
@@ -964,7 +964,7 @@ def pair_steps(Q, grad, x, rise, fall, lower, upper, diagonal, tol, steps):
 
 @njit(cache=True)
 def drawn_loop(kind, Q, diagonal, grad, x, rise, fall, lower, upper, where, start, place, alone, count, seed, steps):
-    """Exact pair steps on pairs drawn without looking at the gradient; returns (columns, how it ended, pair)."""
+    """Exact pair steps on pairs drawn without looking at the gradient; returns (draws, columns, how it ended, pair)."""
     columns, n = 0, place.shape[1]
     order = shuffled(~seed, count // n, n)
     for done in range(steps):
@@ -981,6 +981,6 @@ def drawn_loop(kind, Q, diagonal, grad, x, rise, fall, lower, upper, where, star
             continue
         changed = _pair_step(i, j, Q, diagonal, grad, x, rise, fall, lower, upper)
         if changed < 0:
-            return columns, -changed, np.array([i, j])
+            return done, columns, -changed, np.array([i, j])
         columns += (i >= 0) + (j >= 0)
-    return columns, RAN, np.array([-1, -1])
+    return steps, columns, RAN, np.array([-1, -1])

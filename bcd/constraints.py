@@ -219,7 +219,11 @@ class FeasibleSet:
         out = np.concatenate([x, np.zeros(len(self.lower) - self.n)])
         for k in range(self.n, len(out)):
             s = self.labels[k]
-            out[k] = self.totals[s] - _compiled.exact_sum(x[self.members(s)[:-1]])
+            real = x[self.members(s)[:-1]]
+            slack = self.totals[s] - _compiled.exact_sum(real)
+            slop = self.rounding(s) + 4 * _compiled.EPS * float(np.abs(real).sum())
+            near = [bound for bound in (self.lower[k], self.upper[k]) if abs(slack - bound) <= slop]
+            out[k] = near[0] if near else slack  # what rounding leaves before a bound is no room
         return np.clip(out, self.lower, self.upper)
 
     def as_given(self, y: np.ndarray) -> np.ndarray:

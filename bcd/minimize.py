@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from bcd import _compiled
+from bcd._check import as_vector
 from bcd.constraints import Moves
 from bcd.objectives import DenseHessian, Quadratic
 from bcd.problem import Point, Problem
@@ -102,8 +103,8 @@ def minimize(
     time_limit : float, optional
         Seconds at most.
     callback : callable, optional
-        Called with a :class:`Progress` at the start and after every step (compiled rules: after every
-        burst of steps); a true return value stops the run.
+        Called with a :class:`Progress` before every step (compiled rules: before every burst of steps);
+        a true return value stops the run.
     random_state : int, optional
         Seed of the rules that draw. Default 0: runs repeat exactly.
     trace : bool
@@ -129,7 +130,7 @@ def minimize(
     """
     rule = resolve_rule(rule)
     update = resolve_update(update, rule, problem)
-    _check_limits(tol, tol_gap, max_iter, time_limit)
+    _check_limits(tol, tol_gap, max_iter, time_limit, callback)
     moves = Moves(problem.feasible, problem.feasible.project(_start_point(problem, x0)))
     at = Point(problem, moves)
     state = rule.init(moves, _seed(random_state))
@@ -162,10 +163,7 @@ def minimize(
 def _start_point(problem: Problem, x0: Any) -> np.ndarray:
     if x0 is None:
         return np.zeros(problem.n)
-    x = np.asarray(x0, dtype=np.float64)
-    if x.shape != (problem.n,) or not np.isfinite(x).all():
-        raise ValueError(f"x0 must be finite with shape ({problem.n},); found shape {x.shape}")
-    return x
+    return as_vector("x0", x0, problem.n)
 
 
 def _seed(random_state: int | None) -> int:
@@ -174,10 +172,16 @@ def _seed(random_state: int | None) -> int:
     return 0 if random_state is None else int(random_state) % 2**63
 
 
-def _check_limits(tol: float, tol_gap: float | None, max_iter: int | None, time_limit: float | None) -> None:
+def _check_limits(
+    tol: float, tol_gap: float | None, max_iter: int | None, time_limit: float | None, callback: Any
+) -> None:
     for name, value in (("tol", tol), ("tol_gap", tol_gap), ("max_iter", max_iter), ("time_limit", time_limit)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name} must be non-negative; found {value}")
+        if value is not None and (not isinstance(value, int | float | np.number) or not value >= 0):
+            raise ValueError(f"{name} must be a non-negative number; found {value!r}")
+    if max_iter is not None and max_iter % 1 != 0:
+        raise ValueError(f"max_iter must be an integer; found {max_iter}")
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback must be callable; found {callback!r}")
 
 
 class _Watch:
@@ -307,15 +311,14 @@ class _Watch:
             return True
         if not self.stuck and not value_matters:
             return False
-        value = self.at.value
+        self.moves.settle()
+        self.at.rebuild()  # what a gradient has drifted would look like progress
+        violation, value = self.moves.violation(self.at.grad), self.at.value
         better = violation < 0.99 * self.best_violation or value < self.last_value - 4 * _compiled.EPS * abs(value)
         self.best_violation = min(self.best_violation, violation)
         self.last_value = min(self.last_value, value)
         self.next_check = self.steps + self.window
         self.stalls = 0 if better and not self.stuck else self.stalls + 1
-        if self.stalls:
-            self.moves.settle()
-            self.at.rebuild()
         self.stuck = False
         return self.stalls >= STALLS
 
@@ -406,7 +409,7 @@ def _greedy_burst(rule: Rule, update: Update, Q: np.ndarray) -> Burst:
             steps, columns, ended = _compiled.greedy_loop(
                 _GREEDY[type(rule)], Q, at.diagonal, weight, lipschitz, *room, tol, most
             )
-        watch.took(steps, columns, grad, stuck=ended == _compiled.STUCK)
+        watch.took(steps, columns, grad, stuck=ended == _compiled.STUCK or steps == 0)
         if ended in (_compiled.FLAT, _compiled.CONCAVE):  # the update raises what is to be said
             step = update(at, rule.select(at, moves, state)[0], moves)
             assert step is not None  # pair steps and line searches are never rejected
@@ -421,8 +424,10 @@ def _drawn_burst(kind: int, Q: np.ndarray) -> Burst:
         grad, alone = at.grad, len(moves.labels) > 0 and moves.start[-1] > moves.start[-2]
         watch.undo = slice(None), moves.x.copy()
         room = (grad, moves.x, moves.rise, moves.fall, moves.lower, moves.upper, moves.where, moves.start, moves.place)
-        draws = watch.burst_length(len(moves.x))
-        columns, ended, pair = _compiled.drawn_loop(kind, Q, at.diagonal, *room, alone, state.drawn, state.seed, draws)
+        most = watch.burst_length(len(moves.x))
+        draws, columns, ended, pair = _compiled.drawn_loop(
+            kind, Q, at.diagonal, *room, alone, state.drawn, state.seed, most
+        )
         watch.took(draws, columns, grad, stuck=False)
         if ended != _compiled.RAN:  # the update raises what is to be said
             PairStep()(at, Selection(pair[pair >= 0]), moves)

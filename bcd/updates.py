@@ -111,7 +111,7 @@ class ModelStep:
                 "ModelStep needs a rule that proposes a step; this one leaves it to the update: use PairStep()"
             )
         if not np.isfinite(chosen.step).all():
-            raise UnboundedError(Selection(chosen.index, np.sign(chosen.step)))
+            raise UnboundedError(Selection(chosen.index, np.where(np.isinf(chosen.step), np.sign(chosen.step), 0.0)))
         return chosen
 
 
@@ -204,7 +204,7 @@ class SolveBlock:
     def __call__(self, at: Point, chosen: Selection, moves: Moves) -> Selection:
         """The block with its step."""
         index, Q = chosen.index, at.block(chosen.index)
-        start = np.zeros(len(index)) if chosen.step is None else chosen.step
+        start = np.zeros(len(index)) if chosen.step is None else ModelStep()(at, chosen, moves).step
         step = self._solve(at, moves, index, Q, start)
         gain = -(at.grad[index] @ step + 0.5 * step @ Q @ step)
         if chosen.step is None:
@@ -233,7 +233,7 @@ class SolveBlock:
             _, low, a, b = _compiled.pair_extremes(Q, labels)
             raise ValueError(concave_message(int(index[a]), int(index[b]), 4 * low))
         if ended == _compiled.FLAT:
-            i, j, _ = _compiled.maximal_pair(grad, upper - x, x - lower, labels, moves.groups)
+            i, j = _compiled.second_order_pair(grad, upper - x, x - lower, labels, moves.groups, Q, diagonal)
             ends = [k for k in (i, j) if k >= 0]
             raise UnboundedError(Selection(index[ends], np.array([1.0 if k == i else -1.0 for k in ends])))
         step = x - moves.x[index]

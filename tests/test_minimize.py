@@ -344,13 +344,14 @@ def test_a_callback_stops_a_burst(rule):
     assert 500 <= result.iterations <= 600
 
 
-def test_the_callback_is_called_at_the_start_and_after_every_step():
-    """As documented; so also at the point that ends the run, and once a step however often it was rejected."""
+def test_the_callback_is_called_before_every_step():
+    """As documented; a step that the update rejects is tried again, and announced again."""
     for name, rule in (("simplex projection", "gs1"), ("smooth, no constant", "gs1"), ("simplex projection", "block")):
         seen = []
         result = bcd.minimize(case(name).problem, Plain(rule), default_update(rule) if "smooth" not in name else None,
                               callback=lambda p, seen=seen: seen.append(p.iteration))  # fmt: skip
-        assert seen == list(range(result.iterations + 1)), name
+        assert sorted(seen) == seen, name
+        assert sorted(set(seen)) == list(range(result.iterations)), name
 
 
 @pytest.mark.parametrize("rule", [*GREEDY, "block", *DRAWN])
@@ -700,15 +701,15 @@ def test_the_scale_of_the_data_changes_no_step():
         ({"rule": 3}, r"rule must be a name or an object with init\(\) and select\(\); found 3"),
         ({"update": "newton"}, r"update must be one of pair, .*found 'newton'"),
         ({"update": 3}, r"update must be a name or a callable; found 3"),
-        ({"x0": [1.0, 2.0]}, r"x0 must be finite with shape \(12,\); found shape \(2,\)"),
+        ({"x0": [1.0, 2.0]}, r"x0 must have shape \(12,\); found shape \(2,\)"),
         ({"x0": np.full(12, np.nan)}, r"x0 must be finite.*(nan|NaN)"),
         ({"x0": "start"}, r"x0 must .*"),
-        ({"tol": -1.0}, r"tol must be non-negative; found -1\.0"),
-        ({"tol": np.nan}, r"tol must be non-negative; found nan"),
-        ({"tol_gap": -1e-3}, r"tol_gap must be non-negative; found -0\.001"),
-        ({"max_iter": -1}, r"max_iter must be non-negative; found -1"),
-        ({"max_iter": 2.5}, r"max_iter must be .*integer.*; found 2\.5"),
-        ({"time_limit": -1}, r"time_limit must be non-negative; found -1"),
+        ({"tol": -1.0}, r"tol must be a non-negative number; found -1\.0"),
+        ({"tol": np.nan}, r"tol must be a non-negative number; found nan"),
+        ({"tol_gap": -1e-3}, r"tol_gap must be a non-negative number; found -0\.001"),
+        ({"max_iter": -1}, r"max_iter must be a non-negative number; found -1"),
+        ({"max_iter": 2.5}, r"max_iter must be an integer; found 2\.5"),
+        ({"time_limit": -1}, r"time_limit must be a non-negative number; found -1"),
         ({"tol": "small"}, r"tol must be .*found 'small'"),
         ({"random_state": 1.5}, r"random_state must be an integer or None; found 1\.5"),
         ({"random_state": "seed"}, r"random_state must be an integer or None; found 'seed'"),
