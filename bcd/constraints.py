@@ -93,7 +93,9 @@ def _range(value: Any, name: str) -> tuple[float, float]:
     if value is None:
         return -np.inf, np.inf
     ends = value if isinstance(value, tuple | list) else [value]
-    if len(ends) > 2 or not all(end is None or isinstance(end, int | float | np.number) for end in ends):
+    if len(ends) != (2 if ends is value else 1) or not all(
+        end is None or isinstance(end, int | float | np.number) for end in ends
+    ):
         raise ValueError(f"{name} must be a number or a pair (lo, hi); found {value!r}")
     lo = -np.inf if ends[0] is None else float(ends[0])
     hi = np.inf if ends[-1] is None else float(ends[-1])

@@ -34,6 +34,7 @@ from bcd.selection import (
     WSS2,
     Cyclic,
     Drawn,
+    GS1Block,
     GSq,
     GSs,
     RandomPair,
@@ -90,7 +91,7 @@ def minimize(
         A name from ``bcd.RULES`` (``bcd rules`` prints them) or an object with ``init`` and ``select``.
     update : str or callable, optional
         A name from ``bcd.updates.UPDATES`` or a callable. Default: exact pair steps for pair rules, GS-1
-        with exact line search, an exact solve for blocks, backtracking where no constant is known.
+        with exact line search, a compiled solve for blocks, backtracking where no constant is known.
     x0 : array of float, shape (n,), optional
         Start; the closest feasible point to it is taken. Default: the closest to 0.
     tol : float
@@ -113,7 +114,8 @@ def minimize(
     Returns
     -------
     Result
-        Always with the best feasible point; ``result.status.value`` says why it stopped.
+        Always with a feasible point, the last one: the best wherever no step raises f, as with every
+        update here given a valid constant. ``result.status.value`` says why it stopped.
         Ctrl-C ends the run with status INTERRUPTED (a second one raises KeyboardInterrupt).
 
     Raises
@@ -135,7 +137,9 @@ def minimize(
     at = Point(problem, moves)
     state = rule.init(moves, _seed(random_state))
     burst = _burst(rule, update, problem)
-    moves.violation(at.grad)  # compile before the clock starts
+    if problem.objective.hessian is not None and isinstance(rule, GS1 | GS1Block | GSq):
+        _ = at.lipschitz  # a property of the problem, computed once: before the clock starts, as is compilation
+    moves.violation(at.grad)
     if burst is not None:
         burst(at, moves, state, _Watch(at, moves, np.inf, None, 0, None, None, False))
     watch = _Watch(at, moves, tol, tol_gap, max_iter, time_limit, callback, trace)
@@ -227,7 +231,7 @@ class _Watch:
         if self.seconds >= self.time_limit:
             return Status.TIME_LIMIT
         if self._stalled(violation):
-            return Status.STAGNATED
+            return Status.STAGNATED if np.isfinite(self.at.value) else Status.NOT_FINITE
         if self.callback is not None and self.callback(self._progress(violation)):
             return Status.CALLBACK
         return None
@@ -256,7 +260,7 @@ class _Watch:
     def burst_length(self, work: float) -> int:
         """How many compiled steps of ``work`` coordinates each may be taken before the next look."""
         most = int(min(max(1.0, BURST_WORK / work), self.max_iter - self.steps))
-        if self.trace is None and self.callback is None:
+        if self.trace is None and self.callback is None and self.tol_gap is None:
             return most
         return min(most, 1 + self.steps // 32)
 
@@ -424,7 +428,8 @@ def _drawn_burst(kind: int, Q: np.ndarray) -> Burst:
         grad, alone = at.grad, len(moves.labels) > 0 and moves.start[-1] > moves.start[-2]
         watch.undo = slice(None), moves.x.copy()
         room = (grad, moves.x, moves.rise, moves.fall, moves.lower, moves.upper, moves.where, moves.start, moves.place)
-        most = watch.burst_length(len(moves.x))
+        # draws do not look at the violation: stop to do so before many more were made than it took
+        most = min(watch.burst_length(len(moves.x)), max(len(moves.x), watch.steps // 32))
         draws, columns, ended, pair = _compiled.drawn_loop(
             kind, Q, at.diagonal, *room, alone, state.drawn, state.seed, most
         )

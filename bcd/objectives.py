@@ -124,7 +124,7 @@ class DenseHessian:
     def lipschitz(self, labels: Array) -> float:
         """L1 exactly; ValueError where the matrix is not convex on a pair."""
         high, low, i, j = _compiled.pair_extremes(self.matrix, labels)
-        if low < -1e-10 * high:
+        if low < -1e-10 * max(high, float(np.abs(self.diagonal).max())):
             raise ValueError(concave_message(i, j if i != j else -1, low if i == j else 4 * low))
         return high
 

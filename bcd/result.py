@@ -179,7 +179,7 @@ class Result:
     iterations, columns : int
         Steps taken (for rules that draw: pairs drawn), and coordinates moved in all of them.
     seconds : float
-        Wall-clock time of the solve.
+        Wall-clock time of the steps, without compilation, the constant L1, and the trace.
     status : Status
         Why it stopped; ``status.value`` is a sentence.
     trace : Trace or None

@@ -252,9 +252,13 @@ class GS1Block:
     def select(self, at: Point, moves: Moves, state: None) -> tuple[Selection, None]:
         """The block, with the GS-1 step (0 elsewhere) if that fits in it and without a step if not."""
         index, step, _, _, _ = _compiled.steepest(
-            at.grad, moves.rise, moves.fall, moves.labels, moves.groups, at.lipschitz, self.q
+            at.grad, moves.rise, moves.fall, moves.labels, moves.groups, at.lipschitz, self._size(at)
         )
         return Selection(index, np.pad(step, (0, len(index) - len(step))) if len(step) else None), state
+
+    def _size(self, at: Point) -> int:
+        """q; without second derivatives nothing can be solved on a block, and 0 asks for the GS-1 step."""
+        return 0 if at.problem.objective.hessian is None else self.q
 
 
 @dataclass(frozen=True)
@@ -392,7 +396,7 @@ class RuleRow(NamedTuple):
 
 RULES: dict[str, RuleRow] = {
     "gs1": RuleRow(GS1(), "GS-1", "steepest descent in the 1-norm", "O(n + k log n)", "moves k >= 2 coordinates"),
-    "block": RuleRow(GS1Block(), "GS-1 block", "the q first that GS-1 visits", "O(n + q log n)", "solved exactly"),
+    "block": RuleRow(GS1Block(), "GS-1 block", "the q first that GS-1 visits", "O(n + q log n)", "compiled solve"),
     "wss2": RuleRow(WSS2(), "WSS2", "i by gradient, j by gap^2 / curvature", "O(n) + a column", "LIBSVM's rule"),
     "gss": RuleRow(GSs(), "GS-s (MVP)", "largest g that can fall, smallest that can rise", "O(n)", "SMO"),
     "gsq": RuleRow(GSq(), "GS-q", "best bounded pair under one constant", "O(n^2)", "for reference"),
