@@ -746,3 +746,31 @@ def test_a_rule_and_an_update_of_the_users_own():
         result = bcd.minimize(problem, Largest(), update)
         assert result.status is bcd.Status.CONVERGED
         assert result.objective == pytest.approx(value, abs=1e-8)
+
+
+# -- defects found in review ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["random", "permutation", "cyclic"])
+def test_drawn_bursts_end_soon_after_convergence(rule):
+    """Draws do not look at V; a burst may overshoot by n draws or 1/32 of what was needed, not by 2e7 / n."""
+    problem = bcd.Problem(bcd.Quadratic(np.eye(1), [-1.0]), bcd.SumBox())
+    assert bcd.minimize(problem, rule).iterations <= 2
+
+
+def test_near_duplicates_of_large_norm_are_convex():
+    """F F' is positive semidefinite by construction; differences of equal large entries round to -4e-9."""
+    rng = np.random.default_rng(0)
+    F = np.tile(rng.normal(size=5) * 1e3, (300, 1)) + 1e-9 * rng.normal(size=(300, 5))
+    assert bcd.Problem(bcd.Quadratic(bcd.LowRank(F)), bcd.SumBox(lower=0, total=1)).lipschitz >= 0
+
+
+def test_an_objective_that_is_always_nan_is_said_to_be():
+    problem = bcd.Problem(bcd.Smooth(lambda x: np.nan, lambda x: x + np.arange(4.0), 4), bcd.SumBox(0, None, 1))
+    assert bcd.minimize(problem).status is bcd.Status.NOT_FINITE
+
+
+def test_block_without_second_derivatives_takes_the_steepest_step():
+    n, c = 600, np.linspace(-1, 1, 600)
+    problem = bcd.Problem(bcd.Smooth(lambda x: 0.5 * x @ x + c @ x, lambda x: x + c, n), bcd.SumBox(0, 0.01, 3))
+    assert bcd.minimize(problem, "block").status.ok
