@@ -14,6 +14,7 @@ Dense and sparse meet in the Hessian classes: ``column(i)``, ``block(W)``, ``add
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -302,7 +303,7 @@ class _QuadraticState:
 # -- sums of losses of linear functions ---------------------------------------------------------
 
 
-class _LinearModel:
+class _LinearModel(ABC):
     """``sum_i loss_i((A x)_i) + l2/2 |x|^2``; subclasses give the loss and its derivative."""
 
     bend: float  # upper bound on the second derivative of every loss
@@ -324,13 +325,13 @@ class _LinearModel:
             self._hessian = LowRank(self.A.T * np.sqrt(self.bend), self.l2)
         return self._hessian
 
+    @abstractmethod
     def loss(self, z: Array) -> Array:
         """Loss of each row at z = A x."""
-        raise NotImplementedError
 
+    @abstractmethod
     def slope(self, z: Array) -> Array:
         """Derivative of each loss."""
-        raise NotImplementedError
 
     def value(self, x: Array) -> float:
         """f(x)."""

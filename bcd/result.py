@@ -170,7 +170,7 @@ class Result:
     Attributes
     ----------
     x : ndarray, shape (n,)
-        The best feasible point found.
+        The last feasible point; the best one wherever no step raised f.
     objective, violation, gap : float
         f(x), V(x) and the Frank-Wolfe gap, recomputed from the problem by :func:`certify`.
     total_multipliers : ndarray, shape (m,)
