@@ -23,6 +23,7 @@ FIRST_PREFIX = 8  # coordinates of an end sorted at first; four times more whene
 GROW_PREFIX = 4
 SAMPLE = 4096  # coordinates whose quantiles stand for those of all
 EPS = np.finfo(np.float64).eps
+CONCAVITY = 1e-10  # negative curvature, relative to the diagonal, that passes for rounding
 
 
 # ---------------------------------------------------------------------------------------------
@@ -646,7 +647,7 @@ def pair_curvature(i, j, Q, diagonal):
 def concave(curvature, i, j, diagonal):
     """Whether a curvature along i and j (one of them -1: alone) is negative beyond rounding."""
     scale = (abs(diagonal[i]) if i >= 0 else 0.0) + (abs(diagonal[j]) if j >= 0 else 0.0)
-    return curvature < -1e-10 * scale
+    return curvature < -CONCAVITY * scale
 
 
 @njit(cache=True, error_model="numpy")
@@ -895,7 +896,7 @@ def _move_and_argmin(grad, row_i, row_j, t, up):
 
 @njit(cache=True, error_model="numpy")
 def _best_partner(grad, low, row_i, diagonal, g_i, d_i):
-    """First j with the largest (g_j - g_i)^2 / curvature over g_j + low_j > g_i; -1 if there is none.
+    """First j with the largest (g_j - g_i)^2 / curvature over g_j + low_j > g_i, and that gain; -1 if there is none.
 
     low is 0 where the coordinate can fall and -inf where it cannot.
     """
@@ -907,32 +908,53 @@ def _best_partner(grad, low, row_i, diagonal, g_i, d_i):
         gain = gap * gap / max(d_i + diagonal[k] - 2.0 * row_i[k], TINY)
         if gain > most:
             most, j = gain, k
-    return j if most > 0.0 else -1
+    return (j if most > 0.0 else -1), most
 
 
 @njit(cache=True, error_model="numpy")
-def pair_loop(Q, grad, x, lower, upper, diagonal, tol, steps):
-    """WSS2 steps under one sum over all coordinates; moves x and grad = Qx + c in place.
+def _worst_gap(grad, low, least, start):
+    """The violation, given the smallest gradient of every segment that can rise."""
+    worst = 0.0
+    for s in range(start.shape[0] - 1):
+        for k in range(start[s], start[s + 1]):
+            worst = max(worst, grad[k] + low[k] - least[s])
+    return worst
+
+
+@njit(cache=True, error_model="numpy", nogil=True)
+def segment_pairs(Q, grad, x, lower, upper, diagonal, start, tol, steps, allowance):
+    """WSS2 steps under one sum for every segment start[s] .. start[s + 1]; moves x and grad = Qx + c in place.
 
     Two passes a step: the last step reaches the gradient in the pass that finds i, the division that
-    ranks the partners j is in the other. Returns (steps done, violation, how it ended).
+    ranks the partners j is in the other. Of several segments the one with the largest gain moves. Q may be
+    float32. Negative curvature beyond ``allowance`` times the diagonal ends the loop; within it the pair goes as
+    far as its rooms allow. Returns (steps done, violation, how it ended).
     """
+    segments = start.shape[0] - 1
     up = np.where(x < upper, 0.0, np.inf)
     low = np.where(x > lower, 0.0, -np.inf)
+    least, first = np.empty(segments), np.empty(segments, np.int64)
     i = j = done = 0
     t = 0.0
     while True:
-        i, g_i = _move_and_argmin(grad, Q[i], Q[j], t, up)
-        j = _best_partner(grad, low, Q[i], diagonal, g_i, diagonal[i])
+        for s in range(segments):
+            a, b = start[s], start[s + 1]
+            k, least[s] = _move_and_argmin(grad[a:b], Q[i, a:b], Q[j, a:b], t, up[a:b])
+            first[s] = a + k
+        i, j, most, g_i = 0, -1, 0.0, 0.0
+        for s in range(segments):
+            a, b = start[s], start[s + 1]
+            k = first[s]
+            other, gain = _best_partner(grad[a:b], low[a:b], Q[k, a:b], diagonal[a:b], least[s], diagonal[k])
+            if other >= 0 and gain > most:
+                i, j, most, g_i = k, a + other, gain, least[s]
         # the pair's own gap is a lower bound of the violation: only a small one needs the maximum
         if j < 0 or done >= steps or grad[j] - g_i <= tol:
-            worst = 0.0
-            for k in range(len(grad)):
-                worst = max(worst, grad[k] + low[k] - g_i)
+            worst = _worst_gap(grad, low, least, start)
             if j < 0 or done >= steps or worst <= tol:
                 return done, worst, RAN
         curvature = diagonal[i] + diagonal[j] - 2.0 * Q[i, j]
-        if concave(curvature, i, j, diagonal):
+        if curvature < -allowance * (diagonal[i] + diagonal[j]):
             return done, grad[j] - g_i, CONCAVE
         t = (grad[j] - g_i) / curvature if curvature > 0 else np.inf
         rise, fall, x_i, x_j = upper[i] - x[i], x[j] - lower[j], x[i], x[j]
@@ -951,6 +973,12 @@ def pair_loop(Q, grad, x, lower, upper, diagonal, tol, steps):
         for k in (i, j):
             up[k] = 0.0 if x[k] < upper[k] else np.inf
             low[k] = 0.0 if x[k] > lower[k] else -np.inf
+
+
+@njit(cache=True, nogil=True)
+def pair_loop(Q, grad, x, lower, upper, diagonal, tol, steps):
+    """WSS2 steps under one sum over all coordinates, as :func:`segment_pairs`."""
+    return segment_pairs(Q, grad, x, lower, upper, diagonal, np.array([0, len(grad)]), tol, steps, CONCAVITY)
 
 
 @njit(cache=True)

@@ -49,8 +49,8 @@ def _first_best(better: str, start: float, value: Any) -> Any:
 
     best is the extreme of `start` and of value(b, load, store, *scalars) over the first
     `count` entries (a multiple of LANES), better ("<" or ">") saying which end; index is
-    the smallest one attaining it.  `arrays` are contiguous float64; in `value`, load(a)
-    and store(a, v) access the eight entries at hand of the a-th one.
+    the smallest one attaining it.  `arrays` are contiguous, float64 or (if only read) float32; in
+    `value`, load(a) and store(a, v) access the eight entries at hand of the a-th one as float64.
     """
 
     @intrinsic
@@ -66,9 +66,14 @@ def _first_best(better: str, start: float, value: Any) -> Any:
             with cgutils.for_range_slice(b, _I64(0), args[2], _I64(LANES), _I64) as (k, _):
 
                 def at(a: int) -> Any:
-                    return b.bitcast(b.gep(data[a], [k]), best.type)
+                    vector = ir.VectorType(data[a].type.pointee, LANES)
+                    return b.bitcast(b.gep(data[a], [k]), vector.as_pointer())
 
-                v = value(b, lambda a: b.load(at(a), align=8), lambda a, v: b.store(v, at(a), align=8), *spread)
+                def load(a: int) -> Any:
+                    v = b.load(at(a), align=4)
+                    return v if v.type.element == _F64 else b.fpext(v, ir.VectorType(_F64, LANES))
+
+                v = value(b, load, lambda a, v: b.store(v, at(a), align=8), *spread)
                 wins = b.fcmp_ordered(better, v, b.load(best))  # strict: a lane keeps its first
                 b.store(b.select(wins, v, b.load(best)), best)
                 b.store(b.select(wins, _splat(b, k), b.load(where)), where)

@@ -11,11 +11,8 @@ steps are taken many at a time in compiled code (``_burst``), with the same choi
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +20,7 @@ import numpy as np
 
 from bcd import _compiled
 from bcd._check import as_vector
+from bcd._interrupt import interrupts
 from bcd.constraints import Moves
 from bcd.objectives import DenseHessian, Quadratic
 from bcd.problem import Point, Problem
@@ -146,7 +144,7 @@ def minimize(
     # a rule without a state depends on the point alone; one with a state may have to go through all pairs
     watch.window = max(1000, 10 * len(moves.x) if state is None else len(moves.x) ** 2)
 
-    with _interrupts() as interrupted:
+    with interrupts() as interrupted:
         while (status := watch.verdict(interrupted)) is None:
             try:
                 if burst is not None:
@@ -340,29 +338,6 @@ class _Watch:
         for column, entry in zip(vars(self.trace).values(), row, strict=True):
             column.append(entry)
         self.recording += self.seconds - seconds
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[bool]]:
-    """A list that the first Ctrl-C fills, so that no step is torn; the second one interrupts as usual."""
-    pressed: list[bool] = []
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield pressed
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if pressed:
-            signal.default_int_handler(number, frame)
-        pressed.append(True)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 Burst = Callable[[Point, Moves, Any, _Watch], Any]

@@ -75,13 +75,14 @@ def jitted(node):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_compiled_functions_live_in_one_file_and_are_cached(path):
+def test_compiled_functions_live_in_two_files_and_are_cached(path):
+    """Steps in _compiled.py, tiles of kernel entries in _tiles.py."""
     found = [(node.name, decorator) for node in functions(path) for decorator in jitted(node)]
-    if path.name != "_compiled.py":
+    if path.name not in ("_compiled.py", "_tiles.py"):
         assert found == []
         assert "njit" not in path.read_text()
         return
-    assert len(found) > 20
+    assert len(found) > 5
     for name, decorator in found:
         options = {k.arg: k.value for k in decorator.keywords} if isinstance(decorator, ast.Call) else {}
         assert isinstance(options.get("cache"), ast.Constant), name

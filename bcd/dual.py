@@ -1,0 +1,534 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Problems whose Hessian is a kernel matrix, and the block solver for them.
+
+    minimise 1/2 b'Kb + c'x   subject to   sum of x over every group = its total,   l <= x <= u
+
+with b = x, or b = x[:n] + x[n:] where every row of the kernel matrix has two coordinates (SVR).
+
+GS-1 blocks (docs/theory.md), nested: a part of some thousand rows is solved by blocks of some hundred
+coordinates, these by compiled WSS2 pair steps on their own small kernel matrix. Columns of K are computed for
+the coordinates that have moved, and first for the rows of the part only; the other rows follow, once, when
+the part is done. That is what shrinking is for, and the gradient of every row is known before the next part
+is chosen. Blocks on which pair steps crawl are finished by an interior-point method.
+
+Entries are float32 and sums float64: whenever rounding may matter, the gradient is rebuilt from float64
+entries, and where that does not suffice all entries become float64.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bcd import _compiled
+from bcd._interrupt import interrupts
+from bcd.constraints import FeasibleSet, Moves, SumBox
+from bcd.gram import Gram, single_threaded_blas
+from bcd.interior import newton, solve_interior
+from bcd.result import Status
+
+__all__ = ["Dual", "DualProgress", "DualResult", "solve_dual"]
+
+Array = np.ndarray
+
+PART = 8192  # rows of a part; problems of at most twice as many are solved by blocks alone
+LEAST, MOST, FIRST = 256, 2048, 512  # coordinates of a block: it grows while most of them move
+ACCURACY = 0.1  # a block or part is solved to this fraction of the violation
+FEW = 5e6  # entries that are computed in float64 without a second thought, to certify
+SAMPLE = 256  # rows on which the rounding of the others is measured
+DEAR = 3.0  # nanoseconds an entry costs, from which on its column is kept at its first use
+EPS32 = 2.0**-24
+STALLED = 10  # outer steps in a row without progress
+
+
+@dataclass(frozen=True)
+class Dual:
+    """The data of the problem besides the kernel matrix.
+
+    Attributes
+    ----------
+    linear, lower, upper : ndarray of float64, shape (N,)
+        c and the bounds, which must be finite. N = n, or 2 n: coordinates k and n + k share row k.
+    totals : ndarray of float64, shape (m,)
+        Right-hand sides of the sums.
+    labels : ndarray of int64, shape (N,) or (0,)
+        The sum that a coordinate belongs to, 0 .. m - 1; empty: all belong to one.
+    """
+
+    linear: Array
+    lower: Array
+    upper: Array
+    totals: Array
+    labels: Array
+
+    def bind(self) -> FeasibleSet:
+        """Check bounds and totals; InfeasibleError (a ValueError) where nothing satisfies them."""
+        one = len(self.labels) == 0
+        total = float(self.totals[0]) if one else list(self.totals)
+        return SumBox(self.lower, self.upper, total, None if one else self.labels).bind(len(self.linear))
+
+
+@dataclass(frozen=True)
+class DualProgress:
+    """What a callback sees before every outer step.
+
+    Attributes
+    ----------
+    iteration : int
+        Pair steps so far.
+    columns : float
+        Kernel entries computed so far, in units of n.
+    seconds, violation, objective : float
+    x : ndarray of float64, shape (N,)
+        The point itself, not a copy.
+    """
+
+    iteration: int
+    columns: float
+    seconds: float
+    violation: float
+    objective: float
+    x: Array
+
+
+@dataclass(frozen=True)
+class DualResult:
+    """The last point, feasible and no worse than any before it, with its certificate.
+
+    Attributes
+    ----------
+    x : ndarray of float64, shape (N,)
+    coefficients : ndarray of float64, shape (n,)
+        b.
+    product : ndarray of float64, shape (n,)
+        K b.
+    offset : ndarray of float64, shape (m,)
+        y of every sum, with gradient + y = 0 at its free coordinates (their mean; where none is free, the
+        middle of the two ends). For a C-SVC it is the intercept.
+    violation : float
+        Largest gradient that can fall minus smallest that can rise, the largest over the sums.
+    gap : float
+        Frank-Wolfe gap: for a positive semidefinite K, objective - optimum is at most this.
+    objective : float
+    iterations : int
+        Pair steps.
+    columns : float
+        Kernel entries computed, in units of n.
+    seconds : float
+    status : Status
+    dtype : numpy.dtype
+        Of the kernel entries at the end.
+    """
+
+    x: Array
+    coefficients: Array
+    product: Array
+    offset: Array
+    violation: float
+    gap: float
+    objective: float
+    iterations: int
+    columns: float
+    seconds: float
+    status: Status
+    dtype: Any
+
+
+def solve_dual(
+    gram: Gram,
+    dual: Dual,
+    x0: Array | None = None,
+    *,
+    tol: float = 1e-3,
+    max_iter: int | None = None,
+    time_limit: float | None = None,
+    callback: Callable[[DualProgress], Any] | None = None,
+    shrinking: bool = True,
+) -> DualResult:
+    """Solve the dual to a violation of ``tol``.
+
+    Parameters
+    ----------
+    gram : Gram
+    dual : Dual
+    x0 : ndarray of float64, shape (N,), optional
+        Start; it is projected onto the feasible set.
+    tol : float
+        Violation to reach, in units of the gradient.
+    max_iter : int, optional
+        Pair steps at most.
+    time_limit : float, optional
+        Seconds at most.
+    callback : callable, optional
+        Called with a :class:`DualProgress`; a true return value stops the run.
+    shrinking : bool
+        Whether large problems are solved in parts.
+
+    Returns
+    -------
+    DualResult
+        Ctrl-C ends the run with status INTERRUPTED (a second one raises KeyboardInterrupt).
+
+    Raises
+    ------
+    InfeasibleError
+        A ValueError: no point satisfies the bounds and totals.
+
+    Examples
+    --------
+    >>> from bcd.gram import Gram, Kernel
+    >>> y = np.array([1.0, 1.0, -1.0])
+    >>> dual = Dual(-y, np.minimum(y, 0), np.maximum(y, 0), np.zeros(1), np.empty(0, np.int64))
+    >>> solve_dual(Gram(np.array([[2.0], [1.0], [-1.0]]), Kernel("linear")), dual).x.round(3) + 0.0
+    array([ 0. ,  0.5, -0.5])
+    """
+    feasible = dual.bind()
+    with interrupts() as pressed, single_threaded_blas:
+        watch = _Watch(tol, max_iter, time_limit, callback, pressed)
+        try:
+            x = _seed(gram, dual, feasible, watch) if x0 is None else feasible.project(x0)
+            point = _Point(gram, Moves(feasible, x), dual.linear, np.zeros(gram.n), watch)
+            point.parts = shrinking and gram.divisible
+            point.start()
+            status = point.solve()
+        finally:
+            gram.team.close()
+    return _result(point, status)
+
+
+def _result(point: _Point, status: Status) -> DualResult:
+    moves, watch = point.moves, point.watch
+    grad = point.gradient()
+    low, high = _ends(grad, moves)
+    offset = np.array([-0.5 * (a + b) if a > -np.inf and b < np.inf else -b if a == -np.inf else -a
+                       for a, b in zip(high, low, strict=True)])  # fmt: skip
+    free = (moves.rise > 0) & (moves.fall > 0)
+    labels = moves.labels if len(moves.labels) else np.zeros(point.N, np.int64)
+    count = np.bincount(labels[free], minlength=moves.groups)
+    mean = np.bincount(labels[free], grad[free], minlength=moves.groups) / np.maximum(count, 1)
+    return DualResult(
+        x=moves.x,
+        coefficients=point.coefficients(),
+        product=point.product,
+        offset=np.where(count > 0, -mean, offset),
+        violation=moves.violation(grad),
+        gap=moves.gap(grad),
+        objective=point.objective(grad),
+        iterations=watch.pairs,
+        columns=watch.entries / point.n,
+        seconds=time.perf_counter() - watch.started,
+        status=status,
+        dtype=point.gram.dtype,
+    )
+
+
+def _ends(grad: Array, moves: Moves) -> tuple[Array, Array]:
+    """For every sum the smallest gradient that can rise (inf: none) and the largest that can fall (-inf: none)."""
+    i, j = _compiled.violating_ends(grad, moves.rise, moves.fall, moves.labels, moves.groups)
+    low, high = np.full(moves.groups, np.inf), np.full(moves.groups, -np.inf)
+    for s in range(moves.groups):
+        low[s] = grad[i[s]] if i[s] >= 0 else np.inf
+        high[s] = grad[j[s]] if j[s] >= 0 else -np.inf
+    return low, high
+
+
+@dataclass
+class _Watch:
+    """Limits and counts of a run, shared by all its levels."""
+
+    tol: float
+    max_iter: int | None
+    time_limit: float | None
+    callback: Callable[[DualProgress], Any] | None
+    pressed: list[bool]
+    started: float = field(default_factory=time.perf_counter)
+    pairs: int = 0
+    entries: int = 0
+    stopped: Status | None = None
+
+    def stop(self) -> bool:
+        """Whether a limit is met; ``stopped`` says which."""
+        if self.pressed:
+            self.stopped = Status.INTERRUPTED
+        elif self.max_iter is not None and self.pairs >= self.max_iter:
+            self.stopped = Status.ITERATION_LIMIT
+        elif self.time_limit is not None and time.perf_counter() - self.started >= self.time_limit:
+            self.stopped = Status.TIME_LIMIT
+        return self.stopped is not None
+
+    def report(self, point: _Point, violation: float, objective: float) -> None:
+        """Tell the callback, which may stop the run."""
+        if self.callback is not None and self.stopped is None:
+            seconds = time.perf_counter() - self.started
+            progress = DualProgress(
+                self.pairs, self.entries / point.n, seconds, violation, objective, point.moves.x
+            )  # fmt: skip
+            if self.callback(progress):
+                self.stopped = Status.CALLBACK
+
+
+class _Progress:
+    """Whether the outer steps of one level still get anywhere."""
+
+    def __init__(self) -> None:
+        self.violation, self.objective, self.idle = np.inf, np.inf, 0
+
+    def stalled(self, violation: float, objective: float) -> bool:
+        """Note a step; True after STALLED of them without progress."""
+        better = violation < 0.9 * self.violation or objective < self.objective - 1e-12 * abs(objective)
+        self.violation, self.objective = min(violation, self.violation), min(objective, self.objective)
+        self.idle = 0 if better else self.idle + 1
+        return self.idle >= STALLED
+
+
+class _Point:
+    """The problem on some rows, and the point that moves through it."""
+
+    def __init__(self, gram: Gram, moves: Moves, linear: Array, product: Array, watch: _Watch):
+        self.gram, self.moves, self.linear, self.product, self.watch = gram, moves, linear, product, watch
+        self.n, self.N = gram.n, len(linear)
+        self.parts = False
+        self.size, self.block = FIRST, np.empty(0, np.int64)  # of the next block; the last one
+        self.used = np.zeros(self.n, bool)  # columns computed before
+        self.lipschitz = max(0.5 * float(gram.diagonal.max(initial=0.0)), np.finfo(float).tiny)
+        self.unit = float(np.abs(linear).max(initial=0.0)) or self.lipschitz  # of a gradient
+        self.noise = 0.0  # variance of the gradient by the rounding of entries, since the gradient was exact
+
+    def gradient(self) -> Array:
+        """K b + c, shape (N,)."""
+        return (self.product if self.n == self.N else np.tile(self.product, self.N // self.n)) + self.linear
+
+    def coefficients(self) -> Array:
+        """B, shape (n,)."""
+        return self.moves.x.reshape(-1, self.n).sum(axis=0)
+
+    def objective(self, grad: Array) -> float:
+        """The dual objective."""
+        return float(0.5 * self.moves.x @ (grad + self.linear))
+
+    def start(self) -> None:
+        """Compute the product at the first point."""
+        b = self.coefficients()
+        index = np.flatnonzero(b)
+        if len(index):
+            self._add(index, b[index], np.zeros(len(index), bool))
+
+    # -- the whole problem --
+
+    def solve(self) -> Status:
+        """Outer steps until the violation, certified, is at most tol, or something stops them."""
+        progress, rebuilds, pairs = _Progress(), 0, -1
+        while True:
+            grad = self.gradient()
+            violation, objective = self.moves.violation(grad), self.objective(grad)
+            self.watch.report(self, violation, objective)
+            if self.watch.stop():
+                return self.watch.stopped or Status.CALLBACK
+            done, fresh = violation <= self.watch.tol, pairs == self.watch.pairs  # fresh: nothing moved since a rebuild
+            if done and fresh:
+                return Status.CONVERGED
+            stalled = progress.stalled(violation, objective)
+            if not (done or stalled or self._blurred(violation)):
+                self.step(grad, violation)
+                continue
+            if stalled or (rebuilds > 4 and not self.gram.exact):
+                if not self._sharpen():
+                    return Status.STAGNATED
+                progress = _Progress()
+            self._rebuild(violation)
+            rebuilds, pairs = rebuilds + 1, self.watch.pairs
+
+    def _blurred(self, violation: float) -> bool:
+        """Whether the rounding of float32 entries could hide the violation."""
+        return self.noise > 0 and np.sqrt(self.noise) > 0.1 * violation
+
+    def _sharpen(self) -> bool:
+        """Raise the precision; False where it is as high as it gets."""
+        if self.gram.exact:
+            return False
+        self.gram.raise_precision()
+        self.used[:] = False
+        return True
+
+    def _rebuild(self, violation: float) -> None:
+        """Make the gradient exact: everywhere, or at the rows that decide the violation if the rest is near enough."""
+        self.moves.settle()
+        b = self.coefficients()
+        index = np.flatnonzero(b)
+        rows: Any = slice(None)
+        if not self.gram.exact and self.n * len(index) > FEW and violation <= self.watch.tol:
+            rows = self._decisive(index, b[index])
+        self.product[rows] = self.gram.exact_product(index, b[index], rows)
+        self.noise = 0.0
+
+    def _decisive(self, index: Array, b: Array) -> Any:
+        """Rows whose exact gradient could be an end, judged by the rounding measured on a sample of all rows."""
+        sample = np.linspace(0, self.n - 1, SAMPLE).astype(np.int64)
+        error = np.abs(self.gram.exact_product(index, b, sample) - self.product[sample]).max()
+        if error > 0.1 * self.watch.tol:
+            return slice(None)
+        grad, moves = self.gradient(), self.moves
+        low, high = _ends(grad, moves)
+        s = moves.labels if len(moves.labels) else np.zeros(self.N, np.int64)
+        margin = 10 * error
+        near = ((grad <= low[s] + margin) & (moves.rise > 0)) | ((grad >= high[s] - margin) & (moves.fall > 0))
+        return np.flatnonzero(near.reshape(-1, self.n).any(axis=0))
+
+    # -- one outer step --
+
+    def step(self, grad: Array, violation: float) -> None:
+        """Solve a part or a block to a fraction of the violation."""
+        tol = max(0.5 * self.watch.tol, ACCURACY * violation)
+        if self.parts and self.n > 2 * PART:
+            self._solve_part(grad, tol)
+        else:
+            self._solve_block(grad, tol)
+
+    def _choose(self, grad: Array, size: int, previous: Array) -> Array:
+        """The GS-1 block, with the free coordinates of the last one in up to half of its places."""
+        moves = self.moves
+        kept = previous[(moves.rise[previous] > 0) & (moves.fall[previous] > 0)][: size // 2]
+        block = _compiled.steepest(
+            grad, moves.rise, moves.fall, moves.labels, moves.groups, self.lipschitz, size
+        )[0]  # fmt: skip
+        if not len(previous):  # at the start gradients tie: a sample says more than the first of them
+            block = np.concatenate([block[: size // 8], _spread(grad, moves, size)])
+            block = block[np.sort(np.unique(block, return_index=True)[1])]
+        taken = np.zeros(self.N, bool)
+        taken[kept] = True
+        return np.concatenate([block[~taken[block]][: size - len(kept)], kept])
+
+    def _solve_part(self, grad: Array, tol: float) -> None:
+        """Solve the problem restricted to some rows; then bring the gradient of all rows after it."""
+        moves = self.moves
+        free = np.flatnonzero((moves.rise > 0) & (moves.fall > 0))
+        rows = np.unique(self._choose(grad, PART, free) % self.n)
+        index = (rows + self.n * np.arange(self.N // self.n)[:, None]).ravel()
+        labels = moves.labels[index] if len(moves.labels) else np.zeros(len(index), np.int64)
+        totals = np.bincount(labels, moves.x[index], minlength=moves.groups)
+        inside = FeasibleSet(
+            *(len(index), moves.lower[index], moves.upper[index], totals, labels),
+            *([(total, total) for total in totals], np.arange(moves.groups)),
+        )
+        part = _Point(
+            self.gram.restrict(rows),
+            Moves(inside, moves.x[index], settle=False),
+            self.linear[index],
+            self.product[rows].copy(),
+            self.watch,
+        )
+        part.descend(tol)
+        self._carry(index, part.moves.x)
+
+    def descend(self, tol: float) -> None:
+        """Blocks until the violation is at most tol, a limit is met or nothing moves any more."""
+        progress = _Progress()
+        while not self.watch.stop():
+            grad = self.gradient()
+            violation = self.moves.violation(grad)
+            if violation <= tol or self._blurred(violation) or progress.stalled(violation, self.objective(grad)):
+                return
+            self._solve_block(grad, max(tol, ACCURACY * violation))
+
+    def _solve_block(self, grad: Array, tol: float) -> None:
+        """Pair steps on a block; where they crawl, second-order steps and then pair steps again."""
+        W = self._choose(grad, min(self.size, self.N), self.block)
+        W, start = self._by_sum(W)
+        moves, rows = self.moves, W % self.n
+        K, diagonal = self.gram.block(rows), self.gram.diagonal[rows]
+        x, g, box = moves.x[W], grad[W], (moves.lower[W], moves.upper[W])
+        left = np.inf if self.watch.max_iter is None else self.watch.max_iter - self.watch.pairs
+        budget = int(min(left, 20 * len(W) + 0.2 * len(W) ** 2))  # as many as take the time of an interior-point run
+        done, worst, _ = _compiled.segment_pairs(K, g, x, *box, diagonal, start, tol, budget, np.inf)
+        if worst > tol and done == budget < left:
+            done += self._second_order(W, x, grad[W], start, tol, int(min(left - done, 20 * len(W))))
+        self.watch.pairs += done
+        moved = self._carry(W, x)
+        self.block = W
+        if moved > 0.5 * len(W):
+            self.size = min(2 * self.size, MOST)
+        elif moved < 0.125 * len(W):
+            self.size = max(self.size // 2, LEAST)
+
+    def _second_order(self, W: Array, x: Array, g: Array, start: Array, tol: float, steps: int) -> int:
+        """Finish a block whose gradient was g before it went to x; moves x, returns the pair steps taken."""
+        moves, rows = self.moves, W % self.n
+        K, diagonal = self.gram.block(rows, np.float64), self.gram.diagonal[rows]
+        lower, upper = moves.lower[W], moves.upper[W]
+        done, worst = 0, np.inf
+        for method in (newton, self._interior, newton):
+            now = g + K @ (x - moves.x[W])
+            method(K, now, x, lower, upper, start)
+            taken, worst, _ = _compiled.segment_pairs(K, now, x, lower, upper, diagonal, start, tol, steps, np.inf)
+            done += taken
+            if worst <= tol or self.watch.stop():
+                break
+        return done
+
+    def _interior(self, K: Array, g: Array, x: Array, lower: Array, upper: Array, start: Array) -> None:
+        """The interior-point solution, where it is better; moves x and its gradient g."""
+        found = solve_interior(K, g, x, lower, upper, start, self.unit)
+        if found is not None:
+            g += K @ (found - x)
+            x[:] = found
+
+    def _by_sum(self, W: Array) -> tuple[Array, Array]:
+        """The block ordered by sums, and where each sum's coordinates begin."""
+        labels = self.moves.labels
+        if len(labels) == 0:
+            return W, np.array([0, len(W)])
+        W = W[np.argsort(labels[W], kind="stable")]
+        return W, np.searchsorted(labels[W], np.arange(self.moves.groups + 1))
+
+    def _carry(self, W: Array, x: Array) -> int:
+        """Put the coordinates W at x; returns how many changed."""
+        moves = self.moves
+        step = x - moves.x[W]
+        changed = np.flatnonzero(step)
+        W, x, step = W[changed], x[changed], step[changed]
+        moves.x[W], moves.rise[W], moves.fall[W] = x, moves.upper[W] - x, x - moves.lower[W]
+        free = (moves.rise[W] > 0) & (moves.fall[W] > 0)
+        if self.n < self.N:
+            W, where = np.unique(W % self.n, return_inverse=True)
+            step, free = np.bincount(where, step), np.bincount(where, free) > 0
+        self._add(W, step, free)
+        return len(changed)
+
+    def _add(self, rows: Array, step: Array, free: Array) -> None:
+        """``product += K[:, rows] step``; columns of free coordinates are kept, cheap ones at their second use."""
+        if self.gram.divisible and self.gram.rows.cost < DEAR:
+            free = free & self.used[rows]
+            self.used[rows] = True
+        before = self.gram.entries
+        self.gram.add_product(self.product, rows, step, free)
+        self.watch.entries += self.gram.entries - before
+        if not self.gram.exact:
+            scale = float(self.gram.diagonal.max(initial=0.0))
+            self.noise += EPS32**2 * scale * float((step * step) @ self.gram.diagonal[rows])
+
+
+def _spread(grad: Array, moves: Moves, size: int) -> Array:
+    """Coordinates drawn evenly from all that can rise and all that can fall, a share of ``size`` from every end."""
+    draw = np.random.default_rng(0)
+    labels = moves.labels if len(moves.labels) else np.zeros(len(grad), np.int64)
+    share = max(1, size // (2 * moves.groups))
+    ends = [
+        np.flatnonzero((room > 0) & (labels == s)) for s in range(moves.groups) for room in (moves.rise, moves.fall)
+    ]
+    return np.concatenate([draw.choice(end, min(share, len(end)), replace=False) for end in ends])
+
+
+def _seed(gram: Gram, dual: Dual, feasible: FeasibleSet, watch: _Watch) -> Array:
+    """A start with few non-zeros: 0 where it is feasible, else a vertex of the feasible set."""
+    x = np.zeros(len(dual.linear))
+    if not dual.totals.any() and (dual.lower <= 0).all() and (dual.upper >= 0).all():
+        return x
+    moves = Moves(feasible, feasible.project(x))
+    guess = np.random.default_rng(0).random(len(x))
+    index, step, *_ = _compiled.steepest(guess, moves.rise, moves.fall, moves.labels, moves.groups, 0.0, 0)
+    _compiled.shift(moves.x, moves.rise, moves.fall, moves.lower, moves.upper, index, step)
+    return moves.x

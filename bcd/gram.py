@@ -1,0 +1,682 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Kernel matrices K_ij = k(x_i, x_j) of n rows, read by columns and never stored whole.
+
+What a solver asks of one is three functions: the diagonal, a square block, and the product with a sparse
+vector, ``out += K[:, index] step``. The product goes over the rows in tiles: inner products (one BLAS call or
+one pass over sparse rows), the kernel's elementwise part and the multiplication with the step all happen
+while a tile is in the second-level cache, one thread a tile; an entry reaches main memory only where its
+column is kept for later, in an arena of fixed size whose least recently used columns give way.
+
+Entries are float32 by default, sums of them float64; `exact_product` and a raised precision compute them in
+float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from bcd import _tiles
+
+__all__ = ["KERNELS", "Gram", "Kernel", "kernel_product"]
+
+Array = np.ndarray
+KERNELS = ("linear", "rbf", "poly", "sigmoid", "laplacian", "cosine", "precomputed")
+_CHUNK = 512  # columns of a tile
+_CHUNK_BYTES = 1 << 24  # of the columns of a tile, made ready
+_TILE_BYTES = 1 << 19  # half of a usual second-level cache
+_SLAB = 1 << 14  # rows converted to float64 at a time
+_WIDE = 1 << 16  # features beyond which a chunk of columns is not made dense
+_INLINE = 1 << 15  # entries for which waking a second thread does not pay
+# nanoseconds of one core: a term of a dense inner product, of a sparse one, an entry gathered from kept columns
+_DENSE_NS, _SPARSE_NS, _GATHER_NS = 0.022, 0.036, 4.0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel function k(x, z).
+
+    Parameters
+    ----------
+    name : str
+        linear ``x'z``; rbf ``exp(-gamma |x - z|^2)``; poly ``(gamma x'z + coef0)^degree``; sigmoid
+        ``tanh(gamma x'z + coef0)``; laplacian ``exp(-gamma |x - z|_1)``; cosine ``x'z / (|x| |z|)``;
+        precomputed: the data are the kernel matrix.
+    gamma, degree, coef0 : float
+    function : callable, optional
+        ``function(X, Z)`` returns the matrix of k(x_i, z_j); overrides the name.
+
+    Examples
+    --------
+    >>> Kernel("rbf", gamma=0.5)(np.zeros((1, 2)), np.ones((2, 2))).round(4)
+    array([[0.3679, 0.3679]])
+    """
+
+    name: str = "rbf"
+    gamma: float = 1.0
+    degree: float = 3
+    coef0: float = 0.0
+    function: Callable[[Any, Any], Array] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in KERNELS and self.function is None:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)} or a callable; found {self.name!r}")
+
+    def __call__(self, X: Any, Z: Any) -> Array:
+        """The matrix k(x_i, z_j), shape (len(X), len(Z)), float64."""
+        return kernel_product(X, Z, self, np.eye(Z.shape[0]))
+
+
+# -- rows of data ---------------------------------------------------------------------------------
+
+
+class _Rows:
+    """Rows x_i in one precision, and tiles of their entries with columns made of other rows.
+
+    ``source`` holds the data as given; a copy is made where precision or layout differ from it.
+    """
+
+    cost = 1e3  # nanoseconds an entry takes one core, roughly
+
+    def __init__(self, X: Any, kernel: Kernel, dtype: Any):
+        self.source, self.kernel, self.dtype = X, kernel, np.dtype(dtype)
+        self.n, self.d = X.shape
+
+    def take(self, index: Any, dtype: Any = None) -> _Rows:
+        """Some of the rows (an index array or a slice), perhaps in another precision."""
+        return type(self)(self.source[index], self.kernel, dtype or self.dtype)
+
+    def columns(self, other: _Rows) -> _Columns:
+        """The rows of ``other`` made ready to be columns of tiles."""
+        return _Columns(other.source, other.n)
+
+    def tile(self, lo: int, hi: int, columns: _Columns) -> Array:
+        """Entries of rows lo .. hi; valid until the thread's next tile. Columns beyond ``count`` are padding."""
+        made: Any = self.kernel.function(self.source[lo:hi], columns.data)  # type: ignore[misc]
+        K = np.asarray(made.toarray() if sp.issparse(made) else made)
+        if K.shape != (hi - lo, columns.count):
+            raise ValueError(
+                f"a callable kernel must return the matrix of shape (len(X), len(Z)) = ({hi - lo}, {columns.count}); "
+                f"found shape {K.shape}"
+            )
+        return np.ascontiguousarray(K, dtype=self.dtype)
+
+    def diagonal(self) -> Array:
+        """k(x_i, x_i) in float64."""
+        one = np.arange(self.n)
+        return np.array([self.take([i]).tile(0, 1, self.columns(self.take([i])))[0, 0] for i in one], np.float64)
+
+
+@dataclass
+class _Columns:
+    """Columns made ready for tiles: what the rows' kind needs, the shift of an exponent, the padded width."""
+
+    data: Any
+    count: int
+    width: int = 0
+    shift: Array | None = None
+
+
+class _DotRows(_Rows):
+    """Kernels of inner products, dense rows or sparse ones, whichever make an entry cheaper.
+
+    rbf: the exponent is ``2 gamma x'z - gamma |x|^2 - gamma |z|^2``. Dense rows are shifted by ``centre``, which
+    leaves distances as they are and shrinks the norms, and with them the rounding.
+    """
+
+    def __init__(self, X: Any, kernel: Kernel, dtype: Any, centre: Array | None = None, sparse: bool | None = None):
+        super().__init__(X, kernel, dtype)
+        self.sparse = sp.issparse(X) and (_sparse_is_cheaper(X) if sparse is None else sparse)
+        self.centre = centre if not self.sparse else None
+        if centre is None and not self.sparse and kernel.name == "rbf":
+            self.centre = np.asarray(X.mean(axis=0, dtype=np.float64)).ravel()
+        self.rows: Any = self._sparse_rows(X) if self.sparse else self._dense_rows(X)
+        norms = _square_norms(self.rows) if kernel.name == "rbf" else np.zeros(self.n)
+        self.shift = (-kernel.gamma * norms).astype(self.dtype)
+        terms = self.rows.nnz / max(1, self.n) * _SPARSE_NS if self.sparse else self.d * _DENSE_NS
+        self.cost = terms * (self.dtype.itemsize / 4) + 0.4
+
+    def _sparse_rows(self, X: Any) -> Any:
+        data = X.data / np.repeat(_lengths(X), np.diff(X.indptr)) if self.kernel.name == "cosine" else X.data
+        index = np.int32 if self.d < 2**31 else np.int64
+        parts = (data.astype(self.dtype, copy=False), X.indices.astype(index, copy=False))
+        return sp.csr_array((*parts, X.indptr.astype(np.int64, copy=False)), shape=X.shape)
+
+    def _dense_rows(self, X: Any) -> Array:
+        X = X.toarray() if sp.issparse(X) else X
+        if self.centre is not None:
+            return np.subtract(X, self.centre, out=np.empty(X.shape, self.dtype), dtype=np.float64, casting="same_kind")
+        if self.kernel.name == "cosine":
+            X = X / _lengths(X)[:, None]
+        return np.ascontiguousarray(X, dtype=self.dtype)
+
+    def take(self, index: Any, dtype: Any = None) -> _DotRows:
+        """Some of the rows (an index array or a slice), perhaps in another precision."""
+        return _DotRows(self.source[index], self.kernel, dtype or self.dtype, self.centre, self.sparse)
+
+    def like(self, X: Any) -> _DotRows:
+        """Other data with the same shift and precision."""
+        return _DotRows(X, self.kernel, self.dtype, self.centre, None if self.centre is None else False)
+
+    def columns(self, other: _DotRows) -> _Columns:  # type: ignore[override]
+        """Columns scaled by 2 gamma (rbf); panels for sparse rows, turned for dense ones."""
+        scale = self.dtype.type(2 * self.kernel.gamma if self.kernel.name == "rbf" else 1)
+        if self.d > _WIDE and self.sparse:
+            return _Columns((other.rows * scale).T.tocsc(), other.n, other.n, other.shift)
+        Z = (other.rows.toarray() if sp.issparse(other.rows) else other.rows) * scale
+        if not self.sparse:
+            return _Columns(np.ascontiguousarray(Z.T), other.n, other.n, other.shift)
+        width = -(-other.n // _tiles.PANEL) * _tiles.PANEL
+        padded, shift = np.zeros((width, self.d), self.dtype), np.zeros(width, self.dtype)
+        padded[: other.n], shift[: other.n] = Z, other.shift
+        panels = np.ascontiguousarray(padded.reshape(-1, _tiles.PANEL, self.d).transpose(0, 2, 1))
+        return _Columns(panels, other.n, width, shift)
+
+    def tile(self, lo: int, hi: int, columns: _Columns) -> Array:
+        """Inner products, then the kernel's elementwise part."""
+        out, powers = _scratch.get(hi - lo, columns.width, self.dtype)
+        X = self.rows
+        if self.sparse and sp.issparse(columns.data):
+            out[:] = (X[lo:hi] @ columns.data).toarray()
+        elif self.sparse:
+            _tiles.sparse_dots(X.data, X.indices, X.indptr, lo, columns.data, out)
+        else:
+            np.matmul(X[lo:hi], columns.data, out=out)
+        self._finish(out, self.shift[lo:hi], columns.shift, powers)
+        return out
+
+    def _finish(self, tile: Array, row_shift: Array, column_shift: Any, powers: Array) -> None:
+        """Turn inner products into entries, in place."""
+        kernel, real = self.kernel, tile.dtype.type
+        if kernel.name == "rbf" and tile.dtype == np.float32:
+            _tiles.exp_shifted(tile, row_shift, column_shift, powers)
+        elif kernel.name == "rbf":
+            tile += row_shift[:, None]
+            tile += column_shift
+            np.exp(np.minimum(tile, 0.0, out=tile), out=tile)
+        elif kernel.name in ("poly", "sigmoid"):
+            tile *= real(kernel.gamma)
+            tile += real(kernel.coef0)
+            if kernel.name == "sigmoid":
+                np.tanh(tile, out=tile)
+            else:
+                np.power(tile, real(kernel.degree), out=tile)
+
+    def diagonal(self) -> Array:
+        """k(x_i, x_i) in float64."""
+        if self.kernel.name == "rbf":
+            return np.ones(self.n)
+        values = _square_norms(self.rows)[:, None]
+        self._finish(values, values[:, 0], values[:, 0], np.empty((0, 1), np.int32))
+        return values[:, 0].copy()
+
+
+class _LaplacianRows(_Rows):
+    """exp(-gamma |x - z|_1); a tile's rows are made dense."""
+
+    def __init__(self, X: Any, kernel: Kernel, dtype: Any):
+        super().__init__(X, kernel, dtype)
+        self.cost = 0.15 * self.d
+
+    def _dense(self, X: Any) -> Array:
+        return np.ascontiguousarray(X.toarray() if sp.issparse(X) else X, dtype=self.dtype)
+
+    def columns(self, other: _Rows) -> _Columns:
+        """Dense columns, turned."""
+        return _Columns(np.ascontiguousarray(self._dense(other.source).T), other.n, other.n)
+
+    def tile(self, lo: int, hi: int, columns: _Columns) -> Array:
+        """Distances, scaled and exponentiated."""
+        out, _ = _scratch.get(hi - lo, columns.width, self.dtype)
+        _tiles.manhattan(self._dense(self.source[lo:hi]), columns.data, out)
+        out *= self.dtype.type(self.kernel.gamma)
+        return np.exp(out, out=out)
+
+    def diagonal(self) -> Array:
+        """Ones."""
+        return np.ones(self.n)
+
+
+def _make_rows(X: Any, kernel: Kernel, dtype: Any) -> _Rows:
+    if kernel.function is not None:
+        return _Rows(X, kernel, np.float64)
+    if kernel.name == "laplacian":
+        return _LaplacianRows(X, kernel, dtype)
+    return _DotRows(X, kernel, dtype)
+
+
+def _sparse_is_cheaper(X: Any) -> bool:
+    """Whether products of sparse rows cost less than dense ones, or dense rows would not fit beside them."""
+    entries, stored = X.shape[0] * X.shape[1], max(1, X.nnz)
+    return entries > 8 * stored + (1 << 24) or stored * _SPARSE_NS < entries * _DENSE_NS
+
+
+def _square_norms(X: Any) -> Array:
+    if sp.issparse(X):
+        squares = sp.csr_array((X.data.astype(np.float64) ** 2, X.indices, X.indptr), shape=X.shape)
+        return np.asarray(squares.sum(axis=1)).ravel()
+    return np.einsum("ij,ij->i", X, X, dtype=np.float64)
+
+
+def _lengths(X: Any) -> Array:
+    """Euclidean norms; 1 for a row of zeros."""
+    norm = np.sqrt(_square_norms(X))
+    return np.where(norm > 0, norm, 1.0)
+
+
+class _Scratch(threading.local):
+    """Buffers of a thread, reused from tile to tile and from fit to fit."""
+
+    def __init__(self) -> None:
+        self.tile, self.powers = np.empty(0, np.uint8), np.empty(0, np.int32)
+
+    def get(self, rows: int, columns: int, dtype: np.dtype) -> tuple[Array, Array]:
+        """A tile, and integer work space of its shape."""
+        size = rows * columns
+        if len(self.powers) < size or len(self.tile) < size * dtype.itemsize:
+            self.tile, self.powers = np.empty(size * dtype.itemsize, np.uint8), np.empty(size, np.int32)
+        tile = self.tile[: size * dtype.itemsize].view(dtype).reshape(rows, columns)
+        return tile, self.powers[:size].reshape(rows, columns)
+
+
+_scratch = _Scratch()
+
+
+# -- threads --------------------------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _BlasLimit:
+    """While anybody is inside, every BLAS call of the process runs in the thread that makes it.
+
+    Threads enter and leave in any order; the first sets the limit and the last takes it back.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.controller: Any = None
+        self.limiter: Any = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                from threadpoolctl import ThreadpoolController
+
+                if self.controller is None:
+                    self.controller = ThreadpoolController().select(user_api="blas")
+                self.limiter = self.controller.limit(limits=1)
+
+    def __exit__(self, *error: Any) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0 and self.limiter is not None:
+                self.limiter.restore_original_limits()
+
+
+single_threaded_blas = _BlasLimit()
+
+
+class Team:
+    """Threads that share the runs of rows of one product; the caller is one of them."""
+
+    def __init__(self, threads: int | None = None):
+        self.threads = threads or usable_cores()
+        self.pool: ThreadPoolExecutor | None = None
+
+    def run(self, job: Callable[[int, int], None], n: int, length: int, entries: int) -> None:
+        """Call ``job(lo, hi)`` for runs of ``length`` rows that together cover n."""
+        helpers = min(self.threads, -(-n // length), 1 + entries // _INLINE) - 1
+        turn = itertools.count()
+
+        def work() -> None:
+            while (lo := next(turn) * length) < n:
+                job(lo, min(n, lo + length))
+
+        if helpers > 0 and self.pool is None:
+            self.pool = ThreadPoolExecutor(self.threads - 1)
+        futures = [self.pool.submit(work) for _ in range(helpers)] if self.pool and helpers > 0 else []
+        work()
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self.pool is not None:
+            self.pool.shutdown()
+            self.pool = None
+
+
+# -- columns kept for later -----------------------------------------------------------------------
+
+
+class _Cache:
+    """Columns in an arena of fixed size; the least recently used give way."""
+
+    def __init__(self, n: int, dtype: np.dtype, memory: Array):
+        self.slots = int(min(n, len(memory) // (n * dtype.itemsize)))
+        self.arena = memory[: self.slots * n * dtype.itemsize].view(dtype).reshape(self.slots, n)
+        self.slot = np.full(n, -1)  # of a column
+        self.owner = np.full(self.slots, -1)  # of a slot
+        self.used = np.zeros(self.slots, np.int64)  # when a slot was last read
+        self.clock = self.filled = 0
+
+    def find(self, index: Array) -> Array:
+        """Slots of some columns, -1 where a column is not kept."""
+        slot = self.slot[index]
+        self.clock += 1
+        self.used[slot[slot >= 0]] = self.clock
+        return slot
+
+    def make_room(self, index: Array) -> Array:
+        """Slots for new columns, as many as can be had: never one that the present product reads."""
+        fresh = np.arange(self.filled, min(self.slots, self.filled + len(index)))
+        self.filled += len(fresh)
+        wanted = len(index) - len(fresh)
+        old = np.flatnonzero(self.used[: self.filled - len(fresh)] < self.clock)
+        if 0 < wanted < len(old):
+            old = old[np.argpartition(self.used[old], wanted)]
+        slots = np.concatenate([fresh, old[: max(0, wanted)]])
+        gone = self.owner[slots]
+        self.slot[gone[gone >= 0]] = -1
+        taken = index[: len(slots)]
+        self.owner[slots], self.slot[taken], self.used[slots] = taken, slots, self.clock
+        return slots
+
+
+class _Whole:
+    """A precomputed matrix, as a cache that keeps every column."""
+
+    slots = 0
+
+    def __init__(self, matrix: Array):
+        self.arena = matrix
+
+    def find(self, index: Array) -> Array:
+        """Every column is its own slot."""
+        return index
+
+
+# -- the matrix -----------------------------------------------------------------------------------
+
+Use = Callable[[int, int, int, Array], None]  # (lo, hi, first column of the chunk, tile)
+
+
+def _sweep(team: Team, rows: _Rows, columns: _Rows, index: Array, use: Use) -> None:
+    """Compute the tiles of all rows with the columns ``index``, chunk by chunk, and hand each to ``use``."""
+    fits = _CHUNK_BYTES // (max(1, rows.d) * rows.dtype.itemsize) // _tiles.PANEL * _tiles.PANEL
+    chunk = min(_CHUNK, max(_tiles.PANEL, fits))
+    for a in range(0, len(index), chunk):
+        ready = rows.columns(columns.take(index[a : a + chunk], rows.dtype))
+        length = max(64, _TILE_BYTES // (max(1, ready.count) * rows.dtype.itemsize) // 16 * 16)
+
+        def job(lo: int, hi: int, a: int = a, ready: _Columns = ready) -> None:
+            use(lo, hi, a, rows.tile(lo, hi, ready)[:, : ready.count])
+
+        team.run(job, rows.n, min(length, 2048), rows.n * ready.count)
+
+
+class Gram:
+    """The kernel matrix of n rows.
+
+    Parameters
+    ----------
+    X : array of float32 or float64, shape (n, d), or scipy CSR
+        Rows; for ``precomputed`` the symmetric matrix itself, shape (n, n), used in place.
+    kernel : Kernel
+    dtype : {"auto", "float32", "float64"}
+        Of the entries. "auto" starts with float32 and lets the solver raise it. A precomputed matrix keeps its
+        own; callables are float64.
+    cache_size : float
+        Megabytes (2^20 bytes) for columns that are kept.
+    device : str, optional
+        A torch device ("cpu", "cuda", ...) that computes the entries; default: compiled loops and NumPy.
+    threads : int, optional
+        Default: the cores that this process may use. Callables are called from one thread.
+
+    Attributes
+    ----------
+    n : int
+    diagonal : ndarray of float64, shape (n,)
+    dtype : numpy.dtype
+        Of the entries now.
+    entries : int
+        Entries computed so far.
+    exact : bool
+        Whether entries are as exact as they get: float64, or precomputed.
+    divisible : bool
+        Whether the matrix of some of the rows is worth solving for by itself. Not where columns cost nothing
+        (precomputed), nor where a product goes through the weights (linear and cosine: always float64).
+
+    Examples
+    --------
+    >>> gram = Gram(np.eye(3), Kernel("linear"))
+    >>> out = np.zeros(3)
+    >>> gram.add_product(out, np.array([0, 2]), np.array([1.0, -2.0]))
+    >>> out
+    array([ 1.,  0., -2.])
+    """
+
+    def __new__(cls, *args: Any, device: str | None = None, **options: Any) -> Gram:
+        """With a device, the class that computes there."""
+        if device is not None and cls is Gram:
+            from bcd.gram_torch import TorchGram
+
+            return object.__new__(TorchGram)
+        return object.__new__(cls)
+
+    def __init__(
+        self,
+        X: Any,
+        kernel: Kernel,
+        *,
+        dtype: str = "auto",
+        cache_size: float = 200.0,
+        device: str | None = None,
+        threads: int | None = None,
+    ):
+        if dtype not in ("auto", "float32", "float64"):
+            raise ValueError(f'dtype must be "auto", "float32" or "float64"; found {dtype!r}')
+        self.kernel, self.n, self.cache_size, self.entries = kernel, X.shape[0], cache_size, 0
+        self.precomputed = kernel.function is None and kernel.name == "precomputed"
+        self.team = Team(1 if kernel.function is not None else threads)
+        self.through_weights = kernel.function is None and kernel.name in ("linear", "cosine")
+        self.exact = dtype == "float64" or self.precomputed or self.through_weights or kernel.function is not None
+        self.divisible = not (self.precomputed or self.through_weights or kernel.function is not None)
+        self._start(X, np.float64 if self.exact else np.float32, device)
+
+    def _start(self, X: Any, dtype: Any, device: str | None) -> None:
+        if self.precomputed:
+            self.cache: Any = _Whole(X)
+            self.diagonal, self.dtype = X.diagonal().astype(np.float64), X.dtype
+            return
+        self.rows = _make_rows(X, self.kernel, dtype)
+        self.dtype, self.diagonal = self.rows.dtype, self.rows.diagonal()
+        # one arena for all columns, the last eighth for those of parts; its pages are touched only as columns arrive
+        memory = np.empty(max(0, int(self.cache_size * 2**20)), np.uint8)
+        cut = len(memory) - len(memory) // 8
+        self.memory, self.reserve = memory[: cut // 64 * 64], memory[cut // 64 * 64 :]
+        self.cache = _Cache(self.n, self.dtype, self.memory)
+
+    def restrict(self, index: Array) -> Gram:
+        """The matrix of some of the rows; shares the threads and a part of the memory for columns."""
+        part = object.__new__(type(self))
+        part.__dict__.update(self.__dict__)
+        part.n, part.entries = len(index), 0
+        part.rows, part.diagonal = self.rows.take(index), self.diagonal[index]
+        part.cache = _Cache(part.n, part.dtype, self.reserve)
+        return part
+
+    def raise_precision(self) -> None:
+        """Compute float64 entries from now on; what was kept is dropped."""
+        self.rows = self.rows.take(slice(None), np.float64)
+        self.dtype, self.exact = self.rows.dtype, True
+        self.cache = _Cache(self.n, self.dtype, self.memory)
+
+    def block(self, index: Array, dtype: Any = None) -> Array:
+        """Rows and columns ``index``, shape (q, q); the diagonal is exact. ``dtype`` default: that of the entries."""
+        dtype = np.dtype(dtype or self.dtype)
+        K = np.empty((len(index), len(index)), dtype)
+        missing = np.ones(len(index), bool)
+        if self.precomputed or (self.divisible and dtype == self.dtype and self.rows.cost > _GATHER_NS):
+            slots = self.cache.find(index)
+            _tiles.gather(self.cache.arena, slots, index, K)
+            missing = slots < 0
+        if missing.any():
+            where = np.flatnonzero(missing)
+
+            def use(lo: int, hi: int, a: int, tile: Array) -> None:
+                if len(where) == len(index):
+                    K[lo:hi, a : a + tile.shape[1]] = tile
+                else:
+                    K[lo:hi, where[a : a + tile.shape[1]]] = tile
+
+            _sweep(self.team, self.rows.take(index, dtype), self.rows, index[where], use)
+            self.entries += len(index) * len(where)
+            K[np.ix_(missing, ~missing)] = K[np.ix_(~missing, missing)].T
+        np.fill_diagonal(K, self.diagonal[index])
+        return K
+
+    def add_product(self, out: Array, index: Array, step: Array, keep: Array | None = None) -> None:
+        """``out += K[:, index] step``.
+
+        Parameters
+        ----------
+        out : ndarray of float64, shape (n,)
+            Changed in place.
+        index : ndarray of int, shape (k,)
+            Distinct columns.
+        step : ndarray of float64, shape (k,)
+        keep : ndarray of bool, shape (k,), optional
+            Columns worth keeping for later; default: none.
+        """
+        if self.through_weights:
+            self._add_through_weights(out, index, step)
+            return
+        slots = self.cache.find(index)
+        have = slots >= 0
+        if have.any():
+            arena, mine, by = self.cache.arena, slots[have], step[have]
+            self.team.run(
+                lambda lo, hi: _tiles.add_columns(out, arena, mine, by, lo, hi), self.n, 8192, self.n * len(mine)
+            )
+        if have.all():
+            return
+        index, step, keep = index[~have], step[~have], None if keep is None else keep[~have]
+        slots = np.full(len(index), -1)
+        if keep is not None and keep.any():
+            given = self.cache.make_room(index[keep])
+            slots[np.flatnonzero(keep)[: len(given)]] = given
+        self._compute(out, index, step, slots)
+
+    def _add_through_weights(self, out: Array, index: Array, step: Array) -> None:
+        """The same by way of ``w = X[index]' step``, which costs less than a column and rounds less."""
+        X = self.rows.rows  # type: ignore[attr-defined]
+        w = X[index].T @ step
+
+        def job(lo: int, hi: int) -> None:
+            out[lo:hi] += X[lo:hi] @ w
+
+        self.team.run(job, self.n, 8192, self.n)
+        self.entries += self.n
+
+    def _compute(self, out: Array, index: Array, step: Array, slots: Array) -> None:
+        """Add the product with columns that are not kept yet; keep those with a slot."""
+
+        def use(lo: int, hi: int, a: int, tile: Array) -> None:
+            chunk = slice(a, a + tile.shape[1])
+            _tiles.add_dots(out[lo:hi], tile, step[chunk])
+            kept = np.flatnonzero(slots[chunk] >= 0)
+            if len(kept):
+                _tiles.keep_columns(self.cache.arena, slots[chunk][kept], kept, lo, tile)
+
+        _sweep(self.team, self.rows, self.rows, index, use)
+        self.entries += self.n * len(index)
+
+    def exact_product(self, index: Array, step: Array, rows: Array | slice = slice(None)) -> Array:
+        """``K[rows, index] step`` with float64 entries, computed anew; shape (len(rows),)."""
+        if self.precomputed or self.through_weights:
+            out = np.zeros(self.n)
+            self.add_product(out, index, step)
+            return out[rows]
+        number = np.arange(self.n)[rows]
+        out = np.zeros(len(number))
+        for a in range(0, len(number), _SLAB):  # so that float64 copies of the rows stay small
+            part = self.rows.take(number[a : a + _SLAB], np.float64)
+            target = out[a : a + _SLAB]
+
+            def use(lo: int, hi: int, b: int, tile: Array, target: Array = target) -> None:
+                _tiles.add_dots(target[lo:hi], tile, step[b : b + tile.shape[1]])
+
+            _sweep(self.team, part, self.rows, index, use)
+        return out
+
+
+def kernel_product(
+    X: Any,
+    Z: Any,
+    kernel: Kernel,
+    coef: Array,
+    *,
+    cache_size: float = 200.0,
+    device: str | None = None,
+    threads: int | None = None,
+) -> Array:
+    """``K(X, Z) coef``, the sums of a decision function, without K in memory.
+
+    Parameters
+    ----------
+    X : array of float32 or float64, shape (m, d), or scipy CSR
+        For ``precomputed`` the matrix K(X, Z) itself, shape (m, k).
+    Z : the same, shape (k, d)
+        Ignored for ``precomputed``.
+    kernel : Kernel
+    coef : ndarray of float64, shape (k, r)
+    cache_size, device, threads
+        As :class:`Gram`; nothing is kept, so ``cache_size`` does not matter.
+
+    Returns
+    -------
+    ndarray of float64, shape (m, r)
+        Entries have the precision of X; they are summed in float64.
+    """
+    if kernel.function is None and kernel.name == "precomputed":
+        return np.asarray(X @ coef)
+    if device is not None:
+        from bcd.gram_torch import torch_product
+
+        return torch_product(X, Z, kernel, coef, device)
+    out = np.zeros((X.shape[0], coef.shape[1]))
+    if 0 in out.shape or 0 in coef.shape:
+        return out
+    dtype = np.float32 if X.dtype == np.float32 else np.float64
+    columns = _make_rows(Z, kernel, dtype)
+    rows = columns.like(X) if isinstance(columns, _DotRows) else _make_rows(X, kernel, dtype)
+    columns_first = coef[:, 0].copy() if coef.shape[1] == 1 else coef
+
+    def use(lo: int, hi: int, a: int, tile: Array) -> None:
+        part = columns_first[a : a + tile.shape[1]]
+        if part.ndim == 1:
+            _tiles.add_dots(out[lo:hi, 0], tile, part)
+        else:
+            out[lo:hi] += tile.astype(np.float64, copy=False) @ part
+
+    team = Team(1 if kernel.function is not None else threads)
+    try:
+        with single_threaded_blas:
+            _sweep(team, rows, columns, np.arange(Z.shape[0]), use)
+    finally:
+        team.close()
+    return out
