@@ -63,6 +63,15 @@ def sparse_dots(data, indices, indptr, lo, panels, tile):
 
 
 @njit(cache=True, nogil=True)
+def fill_panels(data, indices, indptr, scale, panels):
+    """Write row j of a CSR matrix, scaled, into ``panels[j // PANEL, :, j % PANEL]``; panels are zero before."""
+    for j in range(indptr.shape[0] - 1):
+        panel, lane = panels[j // PANEL], j % PANEL
+        for p in range(indptr[j], indptr[j + 1]):
+            panel[indices[p], lane] += scale * data[p]
+
+
+@njit(cache=True, nogil=True)
 def manhattan(X, Z, tile):
     """``tile[i, j] = -|x_i - z_j|_1``; Z has shape (d, columns)."""
     for i in range(tile.shape[0]):
@@ -102,6 +111,32 @@ def exp_shifted(tile, row_shift, column_shift, powers):
             bits[j] += power[j]
 
 
+_LOG2E64 = 1.4426950408889634
+_LN2_HIGH64, _LN2_LOW64 = 6.93145751953125e-1, 1.42860682030941723212e-6
+# exp(r) = 1 + 2 r P(r^2) / (Q(r^2) - r P(r^2)): coefficients of the Cephes library (exp.c)
+_N0, _N1, _N2 = 1.26177193074810590878e-4, 3.02994407707441961300e-2, 9.99999999999999999910e-1
+_D0, _D1, _D2, _D3 = 3.00198505138664455042e-6, 2.52448340349684104192e-3, 2.27265548208155028766e-1, 2.0
+_LEAST64 = -708.0
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+def exp_shifted64(tile, row_shift, column_shift, powers):
+    """As :func:`exp_shifted`, in float64 with exponents down to -708; ``powers`` is int64."""
+    for i in range(tile.shape[0]):
+        row, power, shift = tile[i], powers[i], row_shift[i]
+        for j in range(row.shape[0]):
+            x = min(max(row[j] + (shift + column_shift[j]), _LEAST64), 0.0)
+            k = np.floor(x * _LOG2E64 + 0.5)
+            r = (x - k * _LN2_HIGH64) - k * _LN2_LOW64
+            s = r * r
+            p = r * ((_N0 * s + _N1) * s + _N2)
+            row[j] = 1.0 + 2.0 * (p / ((((_D0 * s + _D1) * s + _D2) * s + _D3) - p))
+            power[j] = np.int64(k) << np.int64(52)
+        bits = row.view(np.int64)
+        for j in range(bits.shape[0]):
+            bits[j] += power[j]
+
+
 @njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
 def add_dots(out, tile, step):
     """``out[i] += sum_j tile[i, j] step[j]``, in float64."""
@@ -115,15 +150,22 @@ def add_dots(out, tile, step):
 _SIDE = 16  # a cache line of float32: squares of this side are transposed at a time
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def keep_columns(arena, slots, columns, lo, tile):
     """Copy columns of a tile into the cache: ``arena[slots[k], lo + i] = tile[i, columns[k]]``."""
+    rows = tile.shape[0]
+    whole = rows - rows % _SIDE
     for a in range(0, slots.shape[0], _SIDE):
-        for c in range(0, tile.shape[0], _SIDE):
-            for k in range(a, min(a + _SIDE, slots.shape[0])):
-                kept, j = arena[slots[k]], columns[k]
-                for i in range(c, min(c + _SIDE, tile.shape[0])):
-                    kept[lo + i] = tile[i, j]
+        b = min(a + _SIDE, slots.shape[0])
+        for c in range(0, whole, _SIDE):
+            for k in range(a, b):
+                kept, part = arena[slots[k], lo + c : lo + c + _SIDE], tile[c : c + _SIDE, columns[k]]
+                for i in range(_SIDE):
+                    kept[i] = part[i]
+        for k in range(a, b):
+            kept, part = arena[slots[k], lo + whole : lo + rows], tile[whole:, columns[k]]
+            for i in range(kept.shape[0]):
+                kept[i] = part[i]
 
 
 _SPAN = 2048  # entries of the result that stay in the first-level cache while columns pass by

@@ -37,9 +37,12 @@ Array = np.ndarray
 
 PART = 8192  # rows of a part; problems of at most twice as many are solved by blocks alone
 LEAST, MOST, FIRST = 256, 2048, 512  # coordinates of a block: it grows while most of them move
+WHOLE = 1536  # coordinates up to which one block holds all
 ACCURACY = 0.1  # a block or part is solved to this fraction of the violation
 FEW = 5e6  # entries that are computed in float64 without a second thought, to certify
 SAMPLE = 256  # rows on which the rounding of the others is measured
+BLUR = 0.3  # of the violation: with that much rounding in the gradient, steps are no longer worth taking
+MARGIN = 10.0  # times the largest error of the sample: how far from an end a row's gradient is certainly no end
 DEAR = 3.0  # nanoseconds an entry costs, from which on its column is kept at its first use
 EPS32 = 2.0**-24
 STALLED = 10  # outer steps in a row without progress
@@ -292,7 +295,8 @@ class _Point:
         self.gram, self.moves, self.linear, self.product, self.watch = gram, moves, linear, product, watch
         self.n, self.N = gram.n, len(linear)
         self.parts = False
-        self.size, self.block = FIRST, np.empty(0, np.int64)  # of the next block; the last one
+        self.block = np.empty(0, np.int64)  # the last one
+        self.size = self.N if self.N <= WHOLE else FIRST  # of the next one
         self.used = np.zeros(self.n, bool)  # columns computed before
         self.lipschitz = max(0.5 * float(gram.diagonal.max(initial=0.0)), np.finfo(float).tiny)
         self.unit = float(np.abs(linear).max(initial=0.0)) or self.lipschitz  # of a gradient
@@ -332,7 +336,7 @@ class _Point:
             if done and fresh:
                 return Status.CONVERGED
             stalled = progress.stalled(violation, objective)
-            if not (done or stalled or self._blurred(violation)):
+            if not (done or stalled or (self._blurred(violation) and self._measured(violation))):
                 self.step(grad, violation)
                 continue
             if stalled or (rebuilds > 4 and not self.gram.exact):
@@ -344,7 +348,14 @@ class _Point:
 
     def _blurred(self, violation: float) -> bool:
         """Whether the rounding of float32 entries could hide the violation."""
-        return self.noise > 0 and np.sqrt(self.noise) > 0.1 * violation
+        return self.noise > 0 and np.sqrt(self.noise) > BLUR * violation
+
+    def _measured(self, violation: float) -> bool:
+        """Whether it does, once the rounding is measured."""
+        b = self.coefficients()
+        index = np.flatnonzero(b)
+        self.noise = self._error(index, b[index]) ** 2
+        return self._blurred(violation)
 
     def _sharpen(self) -> bool:
         """Raise the precision; False where it is as high as it gets."""
@@ -367,22 +378,25 @@ class _Point:
 
     def _decisive(self, index: Array, b: Array) -> Any:
         """Rows whose exact gradient could be an end, judged by the rounding measured on a sample of all rows."""
-        sample = np.linspace(0, self.n - 1, SAMPLE).astype(np.int64)
-        error = np.abs(self.gram.exact_product(index, b, sample) - self.product[sample]).max()
-        if error > 0.1 * self.watch.tol:
-            return slice(None)
+        error = self._error(index, b)
         grad, moves = self.gradient(), self.moves
         low, high = _ends(grad, moves)
         s = moves.labels if len(moves.labels) else np.zeros(self.N, np.int64)
-        margin = 10 * error
+        margin = MARGIN * error
         near = ((grad <= low[s] + margin) & (moves.rise > 0)) | ((grad >= high[s] - margin) & (moves.fall > 0))
-        return np.flatnonzero(near.reshape(-1, self.n).any(axis=0))
+        rows = np.flatnonzero(near.reshape(-1, self.n).any(axis=0))
+        return rows if 2 * len(rows) < self.n else slice(None)
+
+    def _error(self, index: Array, b: Array) -> float:
+        """The largest error of the gradient on a sample of the rows."""
+        sample = np.linspace(0, self.n - 1, min(self.n, SAMPLE)).astype(np.int64)
+        return float(np.abs(self.gram.exact_product(index, b, sample) - self.product[sample]).max())
 
     # -- one outer step --
 
     def step(self, grad: Array, violation: float) -> None:
         """Solve a part or a block to a fraction of the violation."""
-        tol = max(0.5 * self.watch.tol, ACCURACY * violation)
+        tol = 0.5 * self.watch.tol if self.N <= WHOLE else max(0.5 * self.watch.tol, ACCURACY * violation)
         if self.parts and self.n > 2 * PART:
             self._solve_part(grad, tol)
         else:
@@ -436,7 +450,7 @@ class _Point:
 
     def _solve_block(self, grad: Array, tol: float) -> None:
         """Pair steps on a block; where they crawl, second-order steps and then pair steps again."""
-        W = self._choose(grad, min(self.size, self.N), self.block)
+        W = self._choose(grad, self.size, self.block) if self.size < self.N else np.arange(self.N)
         W, start = self._by_sum(W)
         moves, rows = self.moves, W % self.n
         K, diagonal = self.gram.block(rows), self.gram.diagonal[rows]
@@ -449,9 +463,9 @@ class _Point:
         self.watch.pairs += done
         moved = self._carry(W, x)
         self.block = W
-        if moved > 0.5 * len(W):
+        if len(W) < self.N and moved > 0.5 * len(W):
             self.size = min(2 * self.size, MOST)
-        elif moved < 0.125 * len(W):
+        elif len(W) < self.N and moved < 0.125 * len(W):
             self.size = max(self.size // 2, LEAST)
 
     def _second_order(self, W: Array, x: Array, g: Array, start: Array, tol: float, steps: int) -> int:

@@ -31,10 +31,12 @@ __all__ = ["KERNELS", "Gram", "Kernel", "kernel_product"]
 Array = np.ndarray
 KERNELS = ("linear", "rbf", "poly", "sigmoid", "laplacian", "cosine", "precomputed")
 _CHUNK = 512  # columns of a tile
-_CHUNK_BYTES = 1 << 24  # of the columns of a tile, made ready
+_WEIGHTS = 1 << 24  # features up to which a linear kernel goes through a dense vector of weights
+_CHUNK_BYTES = 1 << 21  # of the columns of a tile, made ready: they are read once for every run of rows
 _TILE_BYTES = 1 << 19  # half of a usual second-level cache
+_SMALL = 1280  # rows up to which the whole matrix is computed at once
 _SLAB = 1 << 14  # rows converted to float64 at a time
-_WIDE = 1 << 16  # features beyond which a chunk of columns is not made dense
+_WIDE = 1 << 16  # features beyond which only those that a chunk of columns has are looked at
 _INLINE = 1 << 15  # entries for which waking a second thread does not pay
 # nanoseconds of one core: a term of a dense inner product, of a sparse one, an entry gathered from kept columns
 _DENSE_NS, _SPARSE_NS, _GATHER_NS = 0.022, 0.036, 4.0
@@ -117,12 +119,13 @@ class _Rows:
 
 @dataclass
 class _Columns:
-    """Columns made ready for tiles: what the rows' kind needs, the shift of an exponent, the padded width."""
+    """Columns made ready for tiles, their number and padded width, the shift of the exponent, sparse rows to match."""
 
     data: Any
     count: int
     width: int = 0
     shift: Array | None = None
+    rows: Any = None
 
 
 class _DotRows(_Rows):
@@ -134,7 +137,7 @@ class _DotRows(_Rows):
 
     def __init__(self, X: Any, kernel: Kernel, dtype: Any, centre: Array | None = None, sparse: bool | None = None):
         super().__init__(X, kernel, dtype)
-        self.sparse = sp.issparse(X) and (_sparse_is_cheaper(X) if sparse is None else sparse)
+        self.sparse = bool(sp.issparse(X) and (_sparse_is_cheaper(X) if sparse is None else sparse))
         self.centre = centre if not self.sparse else None
         if centre is None and not self.sparse and kernel.name == "rbf":
             self.centre = np.asarray(X.mean(axis=0, dtype=np.float64)).ravel()
@@ -152,10 +155,10 @@ class _DotRows(_Rows):
 
     def _dense_rows(self, X: Any) -> Array:
         X = X.toarray() if sp.issparse(X) else X
-        if self.centre is not None:
-            return np.subtract(X, self.centre, out=np.empty(X.shape, self.dtype), dtype=np.float64, casting="same_kind")
         if self.kernel.name == "cosine":
             X = X / _lengths(X)[:, None]
+        if self.centre is not None:
+            return np.subtract(X, self.centre, out=np.empty(X.shape, self.dtype), dtype=np.float64, casting="same_kind")
         return np.ascontiguousarray(X, dtype=self.dtype)
 
     def take(self, index: Any, dtype: Any = None) -> _DotRows:
@@ -164,44 +167,41 @@ class _DotRows(_Rows):
 
     def like(self, X: Any) -> _DotRows:
         """Other data with the same shift and precision."""
-        return _DotRows(X, self.kernel, self.dtype, self.centre, None if self.centre is None else False)
+        return _DotRows(X, self.kernel, self.dtype, np.zeros(1) if self.centre is None else self.centre, self.sparse)
 
     def columns(self, other: _DotRows) -> _Columns:  # type: ignore[override]
         """Columns scaled by 2 gamma (rbf); panels for sparse rows, turned for dense ones."""
         scale = self.dtype.type(2 * self.kernel.gamma if self.kernel.name == "rbf" else 1)
-        if self.d > _WIDE and self.sparse:
-            return _Columns((other.rows * scale).T.tocsc(), other.n, other.n, other.shift)
-        Z = (other.rows.toarray() if sp.issparse(other.rows) else other.rows) * scale
+        X, Z = self.rows, other.rows
+        if self.sparse and self.d > _WIDE:
+            X, Z = _common_features(X, Z)
         if not self.sparse:
-            return _Columns(np.ascontiguousarray(Z.T), other.n, other.n, other.shift)
-        width = -(-other.n // _tiles.PANEL) * _tiles.PANEL
-        padded, shift = np.zeros((width, self.d), self.dtype), np.zeros(width, self.dtype)
-        padded[: other.n], shift[: other.n] = Z, other.shift
-        panels = np.ascontiguousarray(padded.reshape(-1, _tiles.PANEL, self.d).transpose(0, 2, 1))
-        return _Columns(panels, other.n, width, shift)
+            Z = (Z.toarray() if sp.issparse(Z) else Z).T * scale
+            return _Columns(np.ascontiguousarray(Z), other.n, other.n, other.shift)
+        Z = Z if sp.issparse(Z) else sp.csr_array(Z)
+        panels = np.zeros((-(-other.n // _tiles.PANEL), Z.shape[1], _tiles.PANEL), self.dtype)
+        _tiles.fill_panels(Z.data, Z.indices, Z.indptr, scale, panels)
+        shift = np.zeros(len(panels) * _tiles.PANEL, self.dtype)
+        shift[: other.n] = other.shift
+        return _Columns(panels, other.n, len(shift), shift, X)
 
     def tile(self, lo: int, hi: int, columns: _Columns) -> Array:
         """Inner products, then the kernel's elementwise part."""
         out, powers = _scratch.get(hi - lo, columns.width, self.dtype)
-        X = self.rows
-        if self.sparse and sp.issparse(columns.data):
-            out[:] = (X[lo:hi] @ columns.data).toarray()
-        elif self.sparse:
+        if self.sparse:
+            X = columns.rows
             _tiles.sparse_dots(X.data, X.indices, X.indptr, lo, columns.data, out)
         else:
-            np.matmul(X[lo:hi], columns.data, out=out)
+            np.matmul(self.rows[lo:hi], columns.data, out=out)
         self._finish(out, self.shift[lo:hi], columns.shift, powers)
         return out
 
     def _finish(self, tile: Array, row_shift: Array, column_shift: Any, powers: Array) -> None:
         """Turn inner products into entries, in place."""
         kernel, real = self.kernel, tile.dtype.type
-        if kernel.name == "rbf" and tile.dtype == np.float32:
-            _tiles.exp_shifted(tile, row_shift, column_shift, powers)
-        elif kernel.name == "rbf":
-            tile += row_shift[:, None]
-            tile += column_shift
-            np.exp(np.minimum(tile, 0.0, out=tile), out=tile)
+        if kernel.name == "rbf":
+            exp = _tiles.exp_shifted if tile.dtype == np.float32 else _tiles.exp_shifted64
+            exp(tile, row_shift, column_shift, powers)
         elif kernel.name in ("poly", "sigmoid"):
             tile *= real(kernel.gamma)
             tile += real(kernel.coef0)
@@ -214,8 +214,11 @@ class _DotRows(_Rows):
         """k(x_i, x_i) in float64."""
         if self.kernel.name == "rbf":
             return np.ones(self.n)
-        values = _square_norms(self.rows)[:, None]
-        self._finish(values, values[:, 0], values[:, 0], np.empty((0, 1), np.int32))
+        norms = _square_norms(
+            self.source
+        )  # of the rows as given: rounded ones would leave their mark in float64 blocks
+        values = (norms > 0).astype(np.float64)[:, None] if self.kernel.name == "cosine" else norms[:, None]
+        self._finish(values, values[:, 0], values[:, 0], values.view(np.int64))
         return values[:, 0].copy()
 
 
@@ -259,6 +262,19 @@ def _sparse_is_cheaper(X: Any) -> bool:
     return entries > 8 * stored + (1 << 24) or stored * _SPARSE_NS < entries * _DENSE_NS
 
 
+def _common_features(X: Any, Z: Any) -> tuple[Any, Any]:
+    """Sparse rows over the features that Z has, so that rows of Z can be made dense; those of X alone become 0."""
+    Z = sp.csr_array(Z)
+    features, place = np.unique(Z.indices, return_inverse=True)
+    if len(features) == 0:
+        features = np.zeros(1, X.indices.dtype)
+    Z = sp.csr_array((Z.data, place.ravel(), Z.indptr), shape=(Z.shape[0], len(features)))
+    place = np.minimum(np.searchsorted(features, X.indices), len(features) - 1)
+    data = np.where(features[place] == X.indices, X.data, X.data.dtype.type(0))
+    rows = sp.csr_array((data, place.astype(X.indices.dtype), X.indptr), shape=(X.shape[0], len(features)))
+    return rows, Z
+
+
 def _square_norms(X: Any) -> Array:
     if sp.issparse(X):
         squares = sp.csr_array((X.data.astype(np.float64) ** 2, X.indices, X.indptr), shape=X.shape)
@@ -276,15 +292,16 @@ class _Scratch(threading.local):
     """Buffers of a thread, reused from tile to tile and from fit to fit."""
 
     def __init__(self) -> None:
-        self.tile, self.powers = np.empty(0, np.uint8), np.empty(0, np.int32)
+        self.memory = np.empty((2, 0), np.uint8)
 
     def get(self, rows: int, columns: int, dtype: np.dtype) -> tuple[Array, Array]:
-        """A tile, and integer work space of its shape."""
-        size = rows * columns
-        if len(self.powers) < size or len(self.tile) < size * dtype.itemsize:
-            self.tile, self.powers = np.empty(size * dtype.itemsize, np.uint8), np.empty(size, np.int32)
-        tile = self.tile[: size * dtype.itemsize].view(dtype).reshape(rows, columns)
-        return tile, self.powers[:size].reshape(rows, columns)
+        """A tile, and integer work space of its shape and item size."""
+        size = rows * columns * dtype.itemsize
+        if self.memory.shape[1] < size:
+            self.memory = np.empty((2, size), np.uint8)
+        tile, powers = self.memory[0, :size], self.memory[1, :size]
+        integer = np.int32 if dtype.itemsize == 4 else np.int64
+        return tile.view(dtype).reshape(rows, columns), powers.view(integer).reshape(rows, columns)
 
 
 _scratch = _Scratch()
@@ -323,7 +340,15 @@ class _BlasLimit:
         with self.lock:
             self.inside -= 1
             if self.inside == 0 and self.limiter is not None:
+                self._let_any_thread_set_limits()  # the last to leave need not be the first who came
                 self.limiter.restore_original_limits()
+                self._let_any_thread_set_limits()
+
+    def _let_any_thread_set_limits(self) -> None:
+        """Threadpoolctl since 3.7 heeds only the first thread that sets a limit, until told otherwise."""
+        for library in self.controller.lib_controllers:
+            if hasattr(library, "clear_controlling_thread"):
+                library.clear_controlling_thread(force=True)
 
 
 single_threaded_blas = _BlasLimit()
@@ -416,7 +441,7 @@ Use = Callable[[int, int, int, Array], None]  # (lo, hi, first column of the chu
 
 def _sweep(team: Team, rows: _Rows, columns: _Rows, index: Array, use: Use) -> None:
     """Compute the tiles of all rows with the columns ``index``, chunk by chunk, and hand each to ``use``."""
-    fits = _CHUNK_BYTES // (max(1, rows.d) * rows.dtype.itemsize) // _tiles.PANEL * _tiles.PANEL
+    fits = _CHUNK_BYTES // (min(max(1, rows.d), _WIDE) * rows.dtype.itemsize) // _tiles.PANEL * _tiles.PANEL
     chunk = min(_CHUNK, max(_tiles.PANEL, fits))
     for a in range(0, len(index), chunk):
         ready = rows.columns(columns.take(index[a : a + chunk], rows.dtype))
@@ -492,7 +517,9 @@ class Gram:
         self.kernel, self.n, self.cache_size, self.entries = kernel, X.shape[0], cache_size, 0
         self.precomputed = kernel.function is None and kernel.name == "precomputed"
         self.team = Team(1 if kernel.function is not None else threads)
-        self.through_weights = kernel.function is None and kernel.name in ("linear", "cosine")
+        self.through_weights = (
+            kernel.function is None and kernel.name in ("linear", "cosine") and X.shape[1] <= _WEIGHTS
+        )
         self.exact = dtype == "float64" or self.precomputed or self.through_weights or kernel.function is not None
         self.divisible = not (self.precomputed or self.through_weights or kernel.function is not None)
         self._start(X, np.float64 if self.exact else np.float32, device)
@@ -509,6 +536,14 @@ class Gram:
         cut = len(memory) - len(memory) // 8
         self.memory, self.reserve = memory[: cut // 64 * 64], memory[cut // 64 * 64 :]
         self.cache = _Cache(self.n, self.dtype, self.memory)
+        if self.divisible and self.n <= _SMALL:
+            self._compute_whole()
+
+    def _compute_whole(self) -> None:
+        """A small matrix is computed once, in float64, and is as good as a precomputed one."""
+        with single_threaded_blas:
+            self.cache = _Whole(self.block(np.arange(self.n), np.float64))
+        self.dtype, self.exact, self.precomputed, self.divisible = np.dtype(np.float64), True, True, False
 
     def restrict(self, index: Array) -> Gram:
         """The matrix of some of the rows; shares the threads and a part of the memory for columns."""
@@ -526,8 +561,13 @@ class Gram:
         self.cache = _Cache(self.n, self.dtype, self.memory)
 
     def block(self, index: Array, dtype: Any = None) -> Array:
-        """Rows and columns ``index``, shape (q, q); the diagonal is exact. ``dtype`` default: that of the entries."""
+        """Rows and columns ``index``, shape (q, q); the diagonal is exact. ``dtype`` default: that of the entries.
+
+        Not to be written to: of a precomputed matrix it may be the matrix itself.
+        """
         dtype = np.dtype(dtype or self.dtype)
+        if self.precomputed and len(index) == self.n and (index[1:] > index[:-1]).all():
+            return self.cache.arena
         K = np.empty((len(index), len(index)), dtype)
         missing = np.ones(len(index), bool)
         if self.precomputed or (self.divisible and dtype == self.dtype and self.rows.cost > _GATHER_NS):
