@@ -43,7 +43,6 @@ FEW = 5e6  # entries that are computed in float64 without a second thought, to c
 SAMPLE = 256  # rows on which the rounding of the others is measured
 BLUR = 0.3  # of the violation: with that much rounding in the gradient, steps are no longer worth taking
 MARGIN = 10.0  # times the largest error of the sample: how far from an end a row's gradient is certainly no end
-DEAR = 3.0  # nanoseconds an entry costs, from which on its column is kept at its first use
 EPS32 = 2.0**-24
 STALLED = 10  # outer steps in a row without progress
 
@@ -193,11 +192,12 @@ def solve_dual(
     with interrupts() as pressed, single_threaded_blas:
         watch = _Watch(tol, max_iter, time_limit, callback, pressed)
         try:
-            x = _seed(gram, dual, feasible, watch) if x0 is None else feasible.project(x0)
+            x = _first_point(dual, feasible) if x0 is None else feasible.project(x0)
             point = _Point(gram, Moves(feasible, x), dual.linear, np.zeros(gram.n), watch)
             point.parts = shrinking and gram.divisible
             point.start()
             status = point.solve()
+            point.moves.settle()
         finally:
             gram.team.close()
     return _result(point, status)
@@ -222,7 +222,7 @@ def _result(point: _Point, status: Status) -> DualResult:
         gap=moves.gap(grad),
         objective=point.objective(grad),
         iterations=watch.pairs,
-        columns=watch.entries / point.n,
+        columns=point.gram.entries / point.n,
         seconds=time.perf_counter() - watch.started,
         status=status,
         dtype=point.gram.dtype,
@@ -250,7 +250,6 @@ class _Watch:
     pressed: list[bool]
     started: float = field(default_factory=time.perf_counter)
     pairs: int = 0
-    entries: int = 0
     stopped: Status | None = None
 
     def stop(self) -> bool:
@@ -268,7 +267,7 @@ class _Watch:
         if self.callback is not None and self.stopped is None:
             seconds = time.perf_counter() - self.started
             progress = DualProgress(
-                self.pairs, self.entries / point.n, seconds, violation, objective, point.moves.x
+                self.pairs, point.gram.entries / point.n, seconds, violation, objective, point.moves.x
             )  # fmt: skip
             if self.callback(progress):
                 self.stopped = Status.CALLBACK
@@ -282,9 +281,10 @@ class _Progress:
 
     def stalled(self, violation: float, objective: float) -> bool:
         """Note a step; True after STALLED of them without progress."""
-        better = violation < 0.9 * self.violation or objective < self.objective - 1e-12 * abs(objective)
-        self.violation, self.objective = min(violation, self.violation), min(objective, self.objective)
+        better = violation < 0.9 * self.violation or objective < self.objective - 1e-14 * abs(objective)
         self.idle = 0 if better else self.idle + 1
+        if better:  # small gains add up until they count
+            self.violation, self.objective = min(violation, self.violation), min(objective, self.objective)
         return self.idle >= STALLED
 
 
@@ -297,7 +297,6 @@ class _Point:
         self.parts = False
         self.block = np.empty(0, np.int64)  # the last one
         self.size = self.N if self.N <= WHOLE else FIRST  # of the next one
-        self.used = np.zeros(self.n, bool)  # columns computed before
         self.lipschitz = max(0.5 * float(gram.diagonal.max(initial=0.0)), np.finfo(float).tiny)
         self.unit = float(np.abs(linear).max(initial=0.0)) or self.lipschitz  # of a gradient
         self.noise = 0.0  # variance of the gradient by the rounding of entries, since the gradient was exact
@@ -362,7 +361,6 @@ class _Point:
         if self.gram.exact:
             return False
         self.gram.raise_precision()
-        self.used[:] = False
         return True
 
     def _rebuild(self, violation: float) -> None:
@@ -388,8 +386,10 @@ class _Point:
         return rows if 2 * len(rows) < self.n else slice(None)
 
     def _error(self, index: Array, b: Array) -> float:
-        """The largest error of the gradient on a sample of the rows."""
-        sample = np.linspace(0, self.n - 1, min(self.n, SAMPLE)).astype(np.int64)
+        """The largest error of the gradient on a sample of the rows, with those of the largest size among them."""
+        count = min(self.n, SAMPLE)
+        evenly = np.linspace(0, self.n - 1, count).astype(np.int64)
+        sample = np.union1d(evenly, np.argpartition(self.gram.sizes(), -count)[-count:])
         return float(np.abs(self.gram.exact_product(index, b, sample) - self.product[sample]).max())
 
     # -- one outer step --
@@ -403,7 +403,7 @@ class _Point:
             self._solve_block(grad, tol)
 
     def _choose(self, grad: Array, size: int, previous: Array) -> Array:
-        """The GS-1 block, with the free coordinates of the last one in up to half of its places."""
+        """The GS-1 block, with free ones of the coordinates ``previous`` in up to half of its places."""
         moves = self.moves
         kept = previous[(moves.rise[previous] > 0) & (moves.fall[previous] > 0)][: size // 2]
         block = _compiled.steepest(
@@ -420,7 +420,8 @@ class _Point:
         """Solve the problem restricted to some rows; then bring the gradient of all rows after it."""
         moves = self.moves
         free = np.flatnonzero((moves.rise > 0) & (moves.fall > 0))
-        rows = np.unique(self._choose(grad, PART, free) % self.n)
+        size = max(PART, min(2 * len(free), 3 * self.n // 4))  # room for all that are free
+        rows = np.unique(self._choose(grad, size, free) % self.n)
         index = (rows + self.n * np.arange(self.N // self.n)[:, None]).ravel()
         labels = moves.labels[index] if len(moves.labels) else np.zeros(len(index), np.int64)
         totals = np.bincount(labels, moves.x[index], minlength=moves.groups)
@@ -513,13 +514,8 @@ class _Point:
         return len(changed)
 
     def _add(self, rows: Array, step: Array, free: Array) -> None:
-        """``product += K[:, rows] step``; columns of free coordinates are kept, cheap ones at their second use."""
-        if self.gram.divisible and self.gram.rows.cost < DEAR:
-            free = free & self.used[rows]
-            self.used[rows] = True
-        before = self.gram.entries
+        """``product += K[:, rows] step``; columns of free coordinates are worth keeping."""
         self.gram.add_product(self.product, rows, step, free)
-        self.watch.entries += self.gram.entries - before
         if not self.gram.exact:
             scale = float(self.gram.diagonal.max(initial=0.0))
             self.noise += EPS32**2 * scale * float((step * step) @ self.gram.diagonal[rows])
@@ -536,7 +532,7 @@ def _spread(grad: Array, moves: Moves, size: int) -> Array:
     return np.concatenate([draw.choice(end, min(share, len(end)), replace=False) for end in ends])
 
 
-def _seed(gram: Gram, dual: Dual, feasible: FeasibleSet, watch: _Watch) -> Array:
+def _first_point(dual: Dual, feasible: FeasibleSet) -> Array:
     """A start with few non-zeros: 0 where it is feasible, else a vertex of the feasible set."""
     x = np.zeros(len(dual.linear))
     if not dual.totals.any() and (dual.lower <= 0).all() and (dual.upper >= 0).all():

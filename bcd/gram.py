@@ -16,8 +16,9 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ import scipy.sparse as sp
 
 from bcd import _tiles
 
-__all__ = ["KERNELS", "Gram", "Kernel", "kernel_product"]
+__all__ = ["KERNELS", "Expansion", "Gram", "Kernel", "kernel_product"]
 
 Array = np.ndarray
 KERNELS = ("linear", "rbf", "poly", "sigmoid", "laplacian", "cosine", "precomputed")
@@ -34,12 +35,14 @@ _CHUNK = 512  # columns of a tile
 _WEIGHTS = 1 << 24  # features up to which a linear kernel goes through a dense vector of weights
 _CHUNK_BYTES = 1 << 21  # of the columns of a tile, made ready: they are read once for every run of rows
 _TILE_BYTES = 1 << 19  # half of a usual second-level cache
+_SQUARE = 64  # rows at a time for the diagonal of a callable kernel
 _SMALL = 1280  # rows up to which the whole matrix is computed at once
 _SLAB = 1 << 14  # rows converted to float64 at a time
 _WIDE = 1 << 16  # features beyond which only those that a chunk of columns has are looked at
 _INLINE = 1 << 15  # entries for which waking a second thread does not pay
-# nanoseconds of one core: a term of a dense inner product, of a sparse one, an entry gathered from kept columns
-_DENSE_NS, _SPARSE_NS, _GATHER_NS = 0.022, 0.036, 4.0
+# nanoseconds of one core: a term of a dense inner product, of a sparse one, an entry gathered from kept columns,
+# an entry whose column is dear
+_DENSE_NS, _SPARSE_NS, _GATHER_NS, _DEAR_NS = 0.022, 0.036, 4.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class _Rows:
 
     def __init__(self, X: Any, kernel: Kernel, dtype: Any):
         self.source, self.kernel, self.dtype = X, kernel, np.dtype(dtype)
-        self.n, self.d = X.shape
+        self.n, self.d = X.shape[0], (X.shape[1] if X.ndim > 1 else 1)
 
     def take(self, index: Any, dtype: Any = None) -> _Rows:
         """Some of the rows (an index array or a slice), perhaps in another precision."""
@@ -111,15 +114,22 @@ class _Rows:
             )
         return np.ascontiguousarray(K, dtype=self.dtype)
 
+    def like(self, X: Any) -> _Rows:
+        """Other data in the same form and precision."""
+        return type(self)(X, self.kernel, self.dtype)
+
     def diagonal(self) -> Array:
         """k(x_i, x_i) in float64."""
-        one = np.arange(self.n)
-        return np.array([self.take([i]).tile(0, 1, self.columns(self.take([i])))[0, 0] for i in one], np.float64)
+        out = np.empty(self.n)
+        for a in range(0, self.n, _SQUARE):  # the diagonals of squares along the diagonal
+            part = self.take(slice(a, a + _SQUARE))
+            out[a : a + _SQUARE] = part.tile(0, part.n, self.columns(part)).diagonal()
+        return out
 
 
 @dataclass
 class _Columns:
-    """Columns made ready for tiles, their number and padded width, the shift of the exponent, sparse rows to match."""
+    """Columns made ready for tiles, their number, padded width and shift; rows to go with them if others are needed."""
 
     data: Any
     count: int
@@ -144,7 +154,7 @@ class _DotRows(_Rows):
         self.rows: Any = self._sparse_rows(X) if self.sparse else self._dense_rows(X)
         norms = _square_norms(self.rows) if kernel.name == "rbf" else np.zeros(self.n)
         self.shift = (-kernel.gamma * norms).astype(self.dtype)
-        terms = self.rows.nnz / max(1, self.n) * _SPARSE_NS if self.sparse else self.d * _DENSE_NS
+        terms = X.nnz / max(1, self.n) * _SPARSE_NS if self.sparse else self.d * _DENSE_NS
         self.cost = terms * (self.dtype.itemsize / 4) + 0.4
 
     def _sparse_rows(self, X: Any) -> Any:
@@ -166,15 +176,16 @@ class _DotRows(_Rows):
         return _DotRows(self.source[index], self.kernel, dtype or self.dtype, self.centre, self.sparse)
 
     def like(self, X: Any) -> _DotRows:
-        """Other data with the same shift and precision."""
+        """Other data in the same form and precision, with the same shift."""
+        X = sp.csr_array(X) if self.sparse else X
         return _DotRows(X, self.kernel, self.dtype, np.zeros(1) if self.centre is None else self.centre, self.sparse)
 
     def columns(self, other: _DotRows) -> _Columns:  # type: ignore[override]
         """Columns scaled by 2 gamma (rbf); panels for sparse rows, turned for dense ones."""
         scale = self.dtype.type(2 * self.kernel.gamma if self.kernel.name == "rbf" else 1)
-        X, Z = self.rows, other.rows
+        X, Z = None, other.rows
         if self.sparse and self.d > _WIDE:
-            X, Z = _common_features(X, Z)
+            X, Z = _common_features(self.rows, Z)
         if not self.sparse:
             Z = (Z.toarray() if sp.issparse(Z) else Z).T * scale
             return _Columns(np.ascontiguousarray(Z), other.n, other.n, other.shift)
@@ -189,7 +200,7 @@ class _DotRows(_Rows):
         """Inner products, then the kernel's elementwise part."""
         out, powers = _scratch.get(hi - lo, columns.width, self.dtype)
         if self.sparse:
-            X = columns.rows
+            X = self.rows if columns.rows is None else columns.rows
             _tiles.sparse_dots(X.data, X.indices, X.indptr, lo, columns.data, out)
         else:
             np.matmul(self.rows[lo:hi], columns.data, out=out)
@@ -388,9 +399,14 @@ class Team:
 
 
 class _Cache:
-    """Columns in an arena of fixed size; the least recently used give way."""
+    """Columns in an arena of fixed size.
 
-    def __init__(self, n: int, dtype: np.dtype, memory: Array):
+    Dear ones are kept at once, and the least recently used give way. Cheap ones, which cost about as much to
+    keep as to compute, are kept when they are wanted again and only while there is room.
+    """
+
+    def __init__(self, n: int, dtype: np.dtype, memory: Array, dear: bool):
+        self.dear, self.seen = dear, np.zeros(n, bool)
         self.slots = int(min(n, len(memory) // (n * dtype.itemsize)))
         self.arena = memory[: self.slots * n * dtype.itemsize].view(dtype).reshape(self.slots, n)
         self.slot = np.full(n, -1)  # of a column
@@ -405,11 +421,17 @@ class _Cache:
         self.used[slot[slot >= 0]] = self.clock
         return slot
 
+    def worthy(self, index: Array) -> Array:
+        """Which of some new columns should be kept."""
+        before = self.seen[index]
+        self.seen[index] = True
+        return before | self.dear
+
     def make_room(self, index: Array) -> Array:
         """Slots for new columns, as many as can be had: never one that the present product reads."""
         fresh = np.arange(self.filled, min(self.slots, self.filled + len(index)))
         self.filled += len(fresh)
-        wanted = len(index) - len(fresh)
+        wanted = len(index) - len(fresh) if self.dear else 0
         old = np.flatnonzero(self.used[: self.filled - len(fresh)] < self.clock)
         if 0 < wanted < len(old):
             old = old[np.argpartition(self.used[old], wanted)]
@@ -437,14 +459,21 @@ class _Whole:
 # -- the matrix -----------------------------------------------------------------------------------
 
 Use = Callable[[int, int, int, Array], None]  # (lo, hi, first column of the chunk, tile)
+Chunk = tuple[int, _Columns]  # number of its first column, and the columns made ready
 
 
-def _sweep(team: Team, rows: _Rows, columns: _Rows, index: Array, use: Use) -> None:
-    """Compute the tiles of all rows with the columns ``index``, chunk by chunk, and hand each to ``use``."""
+def _chunks(rows: _Rows, columns: _Rows, index: Array | None = None) -> Iterator[Chunk]:
+    """Columns (all of them, or those of ``index``) made ready for tiles with ``rows``, a chunk at a time."""
     fits = _CHUNK_BYTES // (min(max(1, rows.d), _WIDE) * rows.dtype.itemsize) // _tiles.PANEL * _tiles.PANEL
-    chunk = min(_CHUNK, max(_tiles.PANEL, fits))
-    for a in range(0, len(index), chunk):
-        ready = rows.columns(columns.take(index[a : a + chunk], rows.dtype))
+    size = min(_CHUNK, max(_tiles.PANEL, fits))
+    for a in range(0, columns.n if index is None else len(index), size):
+        chosen = slice(a, a + size) if index is None else index[a : a + size]
+        yield a, rows.columns(columns.take(chosen, rows.dtype))
+
+
+def _sweep(team: Team, rows: _Rows, chunks: Iterable[Chunk], use: Use) -> None:
+    """Compute the tiles of all rows with every chunk of columns, and hand each to ``use``."""
+    for a, ready in chunks:
         length = max(64, _TILE_BYTES // (max(1, ready.count) * rows.dtype.itemsize) // 16 * 16)
 
         def job(lo: int, hi: int, a: int = a, ready: _Columns = ready) -> None:
@@ -477,8 +506,6 @@ class Gram:
     diagonal : ndarray of float64, shape (n,)
     dtype : numpy.dtype
         Of the entries now.
-    entries : int
-        Entries computed so far.
     exact : bool
         Whether entries are as exact as they get: float64, or precomputed.
     divisible : bool
@@ -514,7 +541,8 @@ class Gram:
     ):
         if dtype not in ("auto", "float32", "float64"):
             raise ValueError(f'dtype must be "auto", "float32" or "float64"; found {dtype!r}')
-        self.kernel, self.n, self.cache_size, self.entries = kernel, X.shape[0], cache_size, 0
+        self.kernel, self.n, self.cache_size = kernel, X.shape[0], cache_size
+        self.counter = np.zeros(1, np.int64)  # of entries, one for a matrix and its parts
         self.precomputed = kernel.function is None and kernel.name == "precomputed"
         self.team = Team(1 if kernel.function is not None else threads)
         self.through_weights = (
@@ -535,7 +563,7 @@ class Gram:
         memory = np.empty(max(0, int(self.cache_size * 2**20)), np.uint8)
         cut = len(memory) - len(memory) // 8
         self.memory, self.reserve = memory[: cut // 64 * 64], memory[cut // 64 * 64 :]
-        self.cache = _Cache(self.n, self.dtype, self.memory)
+        self.cache = _Cache(self.n, self.dtype, self.memory, self.rows.cost > _DEAR_NS)
         if self.divisible and self.n <= _SMALL:
             self._compute_whole()
 
@@ -545,20 +573,25 @@ class Gram:
             self.cache = _Whole(self.block(np.arange(self.n), np.float64))
         self.dtype, self.exact, self.precomputed, self.divisible = np.dtype(np.float64), True, True, False
 
+    @property
+    def entries(self) -> int:
+        """Entries computed so far, those of parts included."""
+        return int(self.counter[0])
+
     def restrict(self, index: Array) -> Gram:
         """The matrix of some of the rows; shares the threads and a part of the memory for columns."""
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__)
-        part.n, part.entries = len(index), 0
+        part.n = len(index)
         part.rows, part.diagonal = self.rows.take(index), self.diagonal[index]
-        part.cache = _Cache(part.n, part.dtype, self.reserve)
+        part.cache = _Cache(part.n, part.dtype, self.reserve, part.rows.cost > _DEAR_NS)
         return part
 
     def raise_precision(self) -> None:
         """Compute float64 entries from now on; what was kept is dropped."""
         self.rows = self.rows.take(slice(None), np.float64)
         self.dtype, self.exact = self.rows.dtype, True
-        self.cache = _Cache(self.n, self.dtype, self.memory)
+        self.cache = _Cache(self.n, self.dtype, self.memory, self.rows.cost > _DEAR_NS)
 
     def block(self, index: Array, dtype: Any = None) -> Array:
         """Rows and columns ``index``, shape (q, q); the diagonal is exact. ``dtype`` default: that of the entries.
@@ -583,8 +616,9 @@ class Gram:
                 else:
                     K[lo:hi, where[a : a + tile.shape[1]]] = tile
 
-            _sweep(self.team, self.rows.take(index, dtype), self.rows, index[where], use)
-            self.entries += len(index) * len(where)
+            part = self.rows.take(index, dtype)
+            _sweep(self.team, part, _chunks(part, self.rows, index[where]), use)
+            self.counter += len(index) * len(where)
             K[np.ix_(missing, ~missing)] = K[np.ix_(~missing, missing)].T
         np.fill_diagonal(K, self.diagonal[index])
         return K
@@ -616,9 +650,11 @@ class Gram:
             return
         index, step, keep = index[~have], step[~have], None if keep is None else keep[~have]
         slots = np.full(len(index), -1)
-        if keep is not None and keep.any():
-            given = self.cache.make_room(index[keep])
-            slots[np.flatnonzero(keep)[: len(given)]] = given
+        worthy = self.cache.worthy(index)
+        if keep is not None and (worthy & keep).any():
+            wanted = np.flatnonzero(worthy & keep)
+            given = self.cache.make_room(index[wanted])
+            slots[wanted[: len(given)]] = given
         self._compute(out, index, step, slots)
 
     def _add_through_weights(self, out: Array, index: Array, step: Array) -> None:
@@ -630,7 +666,7 @@ class Gram:
             out[lo:hi] += X[lo:hi] @ w
 
         self.team.run(job, self.n, 8192, self.n)
-        self.entries += self.n
+        self.counter += self.n
 
     def _compute(self, out: Array, index: Array, step: Array, slots: Array) -> None:
         """Add the product with columns that are not kept yet; keep those with a slot."""
@@ -642,8 +678,12 @@ class Gram:
             if len(kept):
                 _tiles.keep_columns(self.cache.arena, slots[chunk][kept], kept, lo, tile)
 
-        _sweep(self.team, self.rows, self.rows, index, use)
-        self.entries += self.n * len(index)
+        _sweep(self.team, self.rows, _chunks(self.rows, self.rows, index), use)
+        self.counter += self.n * len(index)
+
+    def sizes(self) -> Array:
+        """What the rounding of a row's entries grows with: gamma |x|^2 (rbf), else k(x, x)."""
+        return -self.rows.shift if self.kernel.name == "rbf" and not self.precomputed else np.abs(self.diagonal)  # type: ignore[attr-defined]
 
     def exact_product(self, index: Array, step: Array, rows: Array | slice = slice(None)) -> Array:
         """``K[rows, index] step`` with float64 entries, computed anew; shape (len(rows),)."""
@@ -660,63 +700,75 @@ class Gram:
             def use(lo: int, hi: int, b: int, tile: Array, target: Array = target) -> None:
                 _tiles.add_dots(target[lo:hi], tile, step[b : b + tile.shape[1]])
 
-            _sweep(self.team, part, self.rows, index, use)
+            _sweep(self.team, part, _chunks(part, self.rows, index), use)
         return out
 
 
-def kernel_product(
-    X: Any,
-    Z: Any,
-    kernel: Kernel,
-    coef: Array,
-    *,
-    cache_size: float = 200.0,
-    device: str | None = None,
-    threads: int | None = None,
-) -> Array:
-    """``K(X, Z) coef``, the sums of a decision function, without K in memory.
+class Expansion:
+    """``f(x) = sum_j coef_j k(x, z_j)`` for many x: the sums of a decision function, without K in memory.
 
     Parameters
     ----------
-    X : array of float32 or float64, shape (m, d), or scipy CSR
-        For ``precomputed`` the matrix K(X, Z) itself, shape (m, k).
-    Z : the same, shape (k, d)
-        Ignored for ``precomputed``.
+    Z : array of float32 or float64, shape (k, d), or scipy CSR
+        For ``precomputed`` it is ignored.
     kernel : Kernel
     coef : ndarray of float64, shape (k, r)
-    cache_size, device, threads
-        As :class:`Gram`; nothing is kept, so ``cache_size`` does not matter.
+    dtype : dtype
+        Of the entries, float32 or float64; they are summed in float64.
+    device : str, optional
+        A torch device.
 
-    Returns
-    -------
-    ndarray of float64, shape (m, r)
-        Entries have the precision of X; they are summed in float64.
+    Notes
+    -----
+    The z_j are made ready once, so that a single x costs little more than its k entries.
     """
-    if kernel.function is None and kernel.name == "precomputed":
-        return np.asarray(X @ coef)
-    if device is not None:
-        from bcd.gram_torch import torch_product
 
-        return torch_product(X, Z, kernel, coef, device)
-    out = np.zeros((X.shape[0], coef.shape[1]))
-    if 0 in out.shape or 0 in coef.shape:
+    def __init__(self, Z: Any, kernel: Kernel, coef: Array, *, dtype: Any = np.float64, device: str | None = None):
+        self.Z, self.kernel, self.coef, self.device = Z, kernel, coef, device
+        self.single = np.ascontiguousarray(coef[:, 0]) if coef.shape[1] == 1 else None
+        self.plain = len(coef) > 0 and device is None and not (kernel.function is None and kernel.name == "precomputed")
+        if self.plain:
+            self.rows = _make_rows(Z, kernel, dtype)
+            wide = isinstance(self.rows, _DotRows) and self.rows.sparse and self.rows.d > _WIDE
+            self.ready = None if wide else list(_chunks(self.rows, self.rows))
+
+    def __call__(self, X: Any, threads: int | None = None) -> Array:
+        """The sums at every row of X, shape (m, r), float64; for ``precomputed`` X is K(X, Z), shape (m, k)."""
+        if not self.plain:
+            if self.device is None or len(self.coef) == 0 or self.kernel.name == "precomputed":
+                return np.asarray(X @ self.coef) if len(self.coef) else np.zeros((X.shape[0], self.coef.shape[1]))
+            from bcd.gram_torch import torch_product
+
+            return torch_product(X, self.Z, self.kernel, self.coef, self.device)
+        out = np.zeros((X.shape[0], self.coef.shape[1]))
+        if 0 in out.shape:
+            return out
+        small = X.shape[0] * len(self.coef) < _INLINE  # then one thread is enough, for BLAS as well
+        team = Team(1 if small or self.kernel.function is not None else threads)
+        try:
+            with nullcontext() if small else single_threaded_blas:
+                for a in range(0, X.shape[0], _SLAB):  # so that converted rows stay small
+                    self._add(out[a : a + _SLAB], X[a : a + _SLAB], team)
+        finally:
+            team.close()
         return out
+
+    def _add(self, out: Array, X: Any, team: Team) -> None:
+        rows = self.rows.like(X)
+
+        def use(lo: int, hi: int, a: int, tile: Array) -> None:
+            chunk = slice(a, a + tile.shape[1])
+            if self.single is not None:
+                _tiles.add_dots(out[lo:hi, 0], tile, self.single[chunk])
+            else:
+                out[lo:hi] += tile.astype(np.float64, copy=False) @ self.coef[chunk]
+
+        _sweep(team, rows, _chunks(rows, self.rows) if self.ready is None else self.ready, use)
+
+
+def kernel_product(
+    X: Any, Z: Any, kernel: Kernel, coef: Array, *, device: str | None = None, threads: int | None = None
+) -> Array:
+    """``K(X, Z) coef`` once: :class:`Expansion` for one X, with entries in the precision of X."""
     dtype = np.float32 if X.dtype == np.float32 else np.float64
-    columns = _make_rows(Z, kernel, dtype)
-    rows = columns.like(X) if isinstance(columns, _DotRows) else _make_rows(X, kernel, dtype)
-    columns_first = coef[:, 0].copy() if coef.shape[1] == 1 else coef
-
-    def use(lo: int, hi: int, a: int, tile: Array) -> None:
-        part = columns_first[a : a + tile.shape[1]]
-        if part.ndim == 1:
-            _tiles.add_dots(out[lo:hi, 0], tile, part)
-        else:
-            out[lo:hi] += tile.astype(np.float64, copy=False) @ part
-
-    team = Team(1 if kernel.function is not None else threads)
-    try:
-        with single_threaded_blas:
-            _sweep(team, rows, columns, np.arange(Z.shape[0]), use)
-    finally:
-        team.close()
-    return out
+    return Expansion(Z, kernel, coef, dtype=dtype, device=device)(X, threads)
