@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bcd
+from bcd import svm_cli
 
 app = typer.Typer(
     help="Block coordinate descent under a summation constraint and bounds.",
@@ -31,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(svm_cli.app, name="svm")
 EXIT = {bcd.Status.CONVERGED: 0, bcd.Status.INTERRUPTED: 130, bcd.Status.UNBOUNDED: 4, bcd.Status.NOT_FINITE: 4}
 STOPPED_EARLY, INVALID = 3, 2
 FIELDS = {"Q", "F", "D", "c", "lower", "upper", "total", "groups", "x0"}

@@ -10,6 +10,7 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_
 html_theme = "furo"
 html_title = f"blockdescent {version}"
 exclude_patterns = ["_build"]
+templates_path = ["_templates"]
 autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc shows types
 numpydoc_show_class_members = False
