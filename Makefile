@@ -1,12 +1,12 @@
 # make demo    install and run the main job, with pictures, in demo/index.html
 # make test    lint, types and every test (this is what CI runs)
-# make lint | bench | docs | test-slow | clean
+# make lint | bench | bench-svm | docs | test-slow | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-svm test test-slow lint bench docs clean
+.PHONY: demo demo-svm test test-slow lint bench bench-svm docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,11 @@ bench: $(VENV)/.bench
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run engine_speed
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run rules_svm
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run paper_rates
+	$(BIN)/python -m experiments tables
+
+# the estimators against LIBSVM and scikit-learn-intelex, about half an hour; BCD_DATA names the folder of the data sets
+bench-svm: $(VENV)/.bench
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run svm_peers
 	$(BIN)/python -m experiments tables
 
 clean:

@@ -4,7 +4,8 @@
 ``load`` looks, in this order, in scikit-learn itself (digits, breast_cancer), in the folder that the
 environment variable BCD_DATA names (its svm/NAME.bz2 is svmlight text), in the cache folder
 (``$XDG_CACHE_HOME`` or ~/.cache, then blockdescent/NAME.bz2), and on the LIBSVM data page, from which
-it fills the cache. Binary labels are +1 and -1.
+it fills the cache. Binary labels are +1 and -1. Sets without a public address in the form used here have to be put
+in one of the folders; :data:`ORIGINS` says what they are.
 """
 
 from __future__ import annotations
@@ -53,6 +54,15 @@ SOURCES = {
     "ijcnn1": Source("binary/ijcnn1.bz2"),
     "w8a": Source("binary/w8a"),
     "abalone_scale": Source("regression/abalone_scale", positive=None),
+    "svmguide3": Source("binary/svmguide3"),
+    "cpusmall_scale": Source("regression/cpusmall_scale", positive=None),
+}
+ORIGINS = {
+    "usps": "the 7291 training rows of zipcode (Elements of Statistical Learning), labels 0 to 9",
+    "reuters": "binary/reuters/reuters.trn.bz2 of github.com/X-DataInitiative/tick-datasets",
+    "spambase_std": "UCI spambase, every column standardised",
+    "svmguide1_scale.t": "svmguide1.t of the LIBSVM data page, scaled with the ranges of svmguide1",
+    "calhousing_std": "California housing, features and target standardised",
 }
 
 
@@ -67,7 +77,8 @@ def load(name: str) -> tuple[np.ndarray | sp.csr_matrix, np.ndarray]:
     Returns
     -------
     X : ndarray or csr_matrix, shape (n, d)
-        Dense where at least half of the entries differ from 0.
+        Dense where at least half of the entries differ from 0; otherwise with 32-bit indices (scikit-learn's SVC
+        takes no others).
     y : ndarray of float, shape (n,)
 
     Raises
@@ -80,7 +91,9 @@ def load(name: str) -> tuple[np.ndarray | sp.csr_matrix, np.ndarray]:
         return bunch.data, bunch.target.astype(float)
     path = next((p for p in candidates(name) if p.exists()), None) or fetch(name)
     X, y = load_svmlight_file(str(path))
-    return (X.toarray() if 2 * X.nnz >= X.shape[0] * X.shape[1] else X), y
+    if 2 * X.nnz >= X.shape[0] * X.shape[1]:
+        return X.toarray(), y
+    return sp.csr_matrix((X.data, X.indices.astype(np.int32), X.indptr.astype(np.int32)), X.shape), y
 
 
 def candidates(name: str) -> list[Path]:
@@ -97,7 +110,8 @@ def cache() -> Path:
 def fetch(name: str) -> Path:
     """Download a data set into the cache and return its path there."""
     if name not in SOURCES:
-        raise FileNotFoundError(_advice(name, "it has no public address in experiments/data.py"))
+        what = f" ({ORIGINS[name]})" if name in ORIGINS else ""
+        raise FileNotFoundError(_advice(name, f"it has no public address in experiments/data.py{what}"))
     source = SOURCES[name]
     try:
         with urllib.request.urlopen(f"{PAGE}/{source.path}", timeout=60) as answer:
