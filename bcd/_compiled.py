@@ -954,7 +954,7 @@ def segment_pairs(Q, grad, x, lower, upper, diagonal, start, tol, steps, allowan
             if j < 0 or done >= steps or worst <= tol:
                 return done, worst, RAN
         curvature = diagonal[i] + diagonal[j] - 2.0 * Q[i, j]
-        if curvature < -allowance * (diagonal[i] + diagonal[j]):
+        if curvature < -allowance * (abs(diagonal[i]) + abs(diagonal[j])):
             return done, grad[j] - g_i, CONCAVE
         t = (grad[j] - g_i) / curvature if curvature > 0 else np.inf
         rise, fall, x_i, x_j = upper[i] - x[i], x[j] - lower[j], x[i], x[j]

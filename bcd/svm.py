@@ -313,7 +313,7 @@ KERNEL_RULES: dict[str, list] = {
     "dtype": [StrOptions({"auto", "float64"})],
     "device": [str, None],
 }
-C_RULE = {"C": [Interval(Real, 0.0, None, closed="right")]}
+C_RULE = {"C": [Interval(Real, 0.0, None, closed="neither")]}
 NU_RULE = {"nu": [Interval(Real, 0.0, 1.0, closed="right")]}
 EPSILON_RULE = {"epsilon": [Interval(Real, 0.0, None, closed="left")]}
 CLASSIFIER_RULES: dict[str, list] = KERNEL_RULES | {
@@ -550,7 +550,7 @@ class _SVM(CallbackSupportMixin, BaseEstimator, ABC):
 
     @property
     def coef_(self) -> Any:
-        """Weights of the features, kernel="linear" only: dual_coef_ @ support_vectors_, read-only.
+        """Weights of the features, kernel="linear" only: ``dual_coef_ @ support_vectors_``, read-only.
 
         Returns
         -------
@@ -596,7 +596,8 @@ class _Tasks:
             self.printed = time.perf_counter()
             print(
                 f"{type(self.machine).__name__}: {progress.seconds:.1f} s, {progress.iteration} steps, "
-                f"{progress.columns} columns, violation {progress.violation:.3g}, objective {progress.objective:.8g}"
+                f"{progress.columns:.0f} columns, violation {progress.violation:.3g}, "
+                f"objective {progress.objective:.8g}"
             )
         return self.part("solver look", model)
 
@@ -883,11 +884,11 @@ class SVC(_Classifier):
     Parameters
     ----------
     C : float, default=1.0
-        Price of a unit of loss. inf asks for a hard margin.
+        Price of a unit of loss, finite; a large one such as 1e6 comes close to a hard margin.
     kernel : str or callable, default="rbf"
-        "linear" x'z, "rbf" exp(-gamma |x - z|^2), "poly" (gamma x'z + coef0)^degree, "sigmoid"
-        tanh(gamma x'z + coef0), "laplacian" exp(-gamma |x - z|_1), "cosine" x'z / (|x| |z|), "precomputed" (X is
-        the kernel matrix), or a function of two arrays that returns the matrix.
+        "linear" ``x'z``, "rbf" ``exp(-gamma |x - z|^2)``, "poly" ``(gamma x'z + coef0)^degree``, "sigmoid"
+        ``tanh(gamma x'z + coef0)``, "laplacian" ``exp(-gamma |x - z|_1)``, "cosine" ``x'z / (|x| |z|)``,
+        "precomputed" (X is the kernel matrix), or a function of two arrays that returns the matrix.
     degree : int, default=3
     gamma : {"scale", "auto"} or float, default="scale"
         "scale": 1 / (d times the variance of all entries of X), where rows count with their sample_weight;
@@ -1399,7 +1400,7 @@ class _Detector(OutlierMixin, _SVM):
         }
 
     def decision_function(self, X: Any) -> Array:
-        """Signed distance from the boundary, positive inside: score_samples(X) - offset_.
+        """Signed distance from the boundary, positive inside: ``score_samples(X) - offset_``.
 
         Parameters
         ----------

@@ -101,13 +101,19 @@ def test_high_c_regression(C, solved):
     assert_solved(machine, solved, rbf_kernel(X, gamma=1.0))
 
 
-def test_hard_margin_by_an_infinite_c(solved):
+def test_hard_margin_by_a_large_c(solved):
     rng = np.random.default_rng(0)
     X = np.vstack([rng.normal(size=(40, 2)) - 5, rng.normal(size=(40, 2)) + 5])
-    machine = SVC(C=np.inf, kernel="linear").fit(X, np.repeat([0, 1], 40))
+    machine = SVC(C=1e6, kernel="linear").fit(X, np.repeat([0, 1], 40))
     assert machine.status_ is Status.CONVERGED
     margins = np.where(np.arange(80) < 40, -1, 1) * machine.decision_function(X)
     assert margins.min() == pytest.approx(1, abs=2e-3)
+
+
+def test_an_infinite_c_is_refused():
+    """Where the classes cannot be separated, its dual has no solution."""
+    with pytest.raises(ValueError, match=r"'C' parameter of SVC must be a float in the range \(0.0, inf\)"):
+        SVC(C=np.inf).fit([[0.0], [1.0]], [0, 1])
 
 
 # Features as they come ----------------------------------------------------------------------------------------
