@@ -36,8 +36,8 @@ __all__ = ["Dual", "DualProgress", "DualResult", "solve_dual"]
 Array = np.ndarray
 
 PART = 8192  # rows of a part; problems of at most twice as many are solved by blocks alone
-LEAST, MOST, FIRST = 256, 2048, 512  # coordinates of a block: it grows while most of them move
-WHOLE = 1536  # coordinates up to which one block holds all
+LEAST, MOST = 256, 2048  # coordinates of a block: it grows while most of them move; a quarter where entries are dear
+WHOLE = 2048  # coordinates up to which one block holds all of them, if their matrix is at hand
 ACCURACY = 0.1  # a block or part is solved to this fraction of the violation
 FEW = 5e6  # entries that are computed in float64 without a second thought, to certify
 SAMPLE = 256  # rows on which the rounding of the others is measured
@@ -296,7 +296,9 @@ class _Point:
         self.n, self.N = gram.n, len(linear)
         self.parts = False
         self.block = np.empty(0, np.int64)  # the last one
-        self.size = self.N if self.N <= WHOLE else FIRST  # of the next one
+        self.whole = self.N <= WHOLE and (gram.stored or gram.through_weights)  # one block holds all
+        self.least = LEAST // 4 if gram.dear else LEAST
+        self.size = self.N if self.whole else 2 * self.least  # of the next one
         self.lipschitz = max(0.5 * float(gram.diagonal.max(initial=0.0)), np.finfo(float).tiny)
         self.unit = float(np.abs(linear).max(initial=0.0)) or self.lipschitz  # of a gradient
         self.noise = 0.0  # variance of the gradient by the rounding of entries, since the gradient was exact
@@ -396,7 +398,7 @@ class _Point:
 
     def step(self, grad: Array, violation: float) -> None:
         """Solve a part or a block to a fraction of the violation."""
-        tol = 0.5 * self.watch.tol if self.N <= WHOLE else max(0.5 * self.watch.tol, ACCURACY * violation)
+        tol = 0.5 * self.watch.tol if self.whole else max(0.5 * self.watch.tol, ACCURACY * violation)
         if self.parts and self.n > 2 * PART:
             self._solve_part(grad, tol)
         else:
@@ -467,7 +469,7 @@ class _Point:
         if len(W) < self.N and moved > 0.5 * len(W):
             self.size = min(2 * self.size, MOST)
         elif len(W) < self.N and moved < 0.125 * len(W):
-            self.size = max(self.size // 2, LEAST)
+            self.size = max(self.size // 2, self.least)
 
     def _second_order(self, W: Array, x: Array, g: Array, start: Array, tol: float, steps: int) -> int:
         """Finish a block whose gradient was g before it went to x; moves x, returns the pair steps taken."""
@@ -517,8 +519,8 @@ class _Point:
         """``product += K[:, rows] step``; columns of free coordinates are worth keeping."""
         self.gram.add_product(self.product, rows, step, free)
         if not self.gram.exact:
-            scale = float(self.gram.diagonal.max(initial=0.0))
-            self.noise += EPS32**2 * scale * float((step * step) @ self.gram.diagonal[rows])
+            scale = float(np.abs(self.gram.diagonal).max(initial=0.0))
+            self.noise += EPS32**2 * scale * float((step * step) @ np.abs(self.gram.diagonal[rows]))
 
 
 def _spread(grad: Array, moves: Moves, size: int) -> Array:

@@ -34,15 +34,16 @@ KERNELS = ("linear", "rbf", "poly", "sigmoid", "laplacian", "cosine", "precomput
 _CHUNK = 512  # columns of a tile
 _WEIGHTS = 1 << 24  # features up to which a linear kernel goes through a dense vector of weights
 _CHUNK_BYTES = 1 << 21  # of the columns of a tile, made ready: they are read once for every run of rows
+_READY_BYTES = 1 << 26  # of columns that an expansion keeps ready
 _TILE_BYTES = 1 << 19  # half of a usual second-level cache
 _SQUARE = 64  # rows at a time for the diagonal of a callable kernel
-_SMALL = 1280  # rows up to which the whole matrix is computed at once
+# a matrix of at most so many rows is computed at once if it costs one core at most so much, in float64 if less
+_SMALL, _SMALL_NS, _TINY_NS = 2048, 1.5e7, 2e6
 _SLAB = 1 << 14  # rows converted to float64 at a time
 _WIDE = 1 << 16  # features beyond which only those that a chunk of columns has are looked at
 _INLINE = 1 << 15  # entries for which waking a second thread does not pay
-# nanoseconds of one core: a term of a dense inner product, of a sparse one, an entry gathered from kept columns,
-# an entry whose column is dear
-_DENSE_NS, _SPARSE_NS, _GATHER_NS, _DEAR_NS = 0.022, 0.036, 4.0, 3.0
+# nanoseconds of one core: a term of a dense inner product, of a sparse one, an entry that is dear
+_DENSE_NS, _SPARSE_NS, _DEAR_NS = 0.022, 0.036, 3.0
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,20 @@ class Kernel:
 class _Rows:
     """Rows x_i in one precision, and tiles of their entries with columns made of other rows.
 
-    ``source`` holds the data as given; a copy is made where precision or layout differ from it.
+    A copy of the data is made where precision or layout differ from what was given.
     """
 
     cost = 1e3  # nanoseconds an entry takes one core, roughly
 
     def __init__(self, X: Any, kernel: Kernel, dtype: Any):
-        self.source, self.kernel, self.dtype = X, kernel, np.dtype(dtype)
+        self.given, self.kernel, self.dtype = X, kernel, np.dtype(dtype)
+        self.picked: Any = None  # rows of what was given; None: all
         self.n, self.d = X.shape[0], (X.shape[1] if X.ndim > 1 else 1)
+
+    @property
+    def source(self) -> Any:
+        """These rows in the data as given."""
+        return self.given if self.picked is None else self.given[self.picked]
 
     def take(self, index: Any, dtype: Any = None) -> _Rows:
         """Some of the rows (an index array or a slice), perhaps in another precision."""
@@ -173,7 +180,13 @@ class _DotRows(_Rows):
 
     def take(self, index: Any, dtype: Any = None) -> _DotRows:
         """Some of the rows (an index array or a slice), perhaps in another precision."""
-        return _DotRows(self.source[index], self.kernel, dtype or self.dtype, self.centre, self.sparse)
+        if dtype is not None and dtype != self.dtype:
+            return _DotRows(self.source[index], self.kernel, dtype, self.centre, self.sparse)
+        part: _DotRows = object.__new__(_DotRows)
+        part.__dict__.update(self.__dict__)
+        part.rows, part.shift = self.rows[index], self.shift[index]
+        part.n, part.picked = part.rows.shape[0], (np.arange(self.n) if self.picked is None else self.picked)[index]
+        return part
 
     def like(self, X: Any) -> _DotRows:
         """Other data in the same form and precision, with the same shift."""
@@ -506,11 +519,13 @@ class Gram:
     diagonal : ndarray of float64, shape (n,)
     dtype : numpy.dtype
         Of the entries now.
+    stored : bool
+        Whether the whole matrix is in memory: it was given, or is small.
     exact : bool
         Whether entries are as exact as they get: float64, or precomputed.
     divisible : bool
         Whether the matrix of some of the rows is worth solving for by itself. Not where columns cost nothing
-        (precomputed), nor where a product goes through the weights (linear and cosine: always float64).
+        (stored), nor where a product goes through the weights (linear and cosine: always float64).
 
     Examples
     --------
@@ -543,7 +558,7 @@ class Gram:
             raise ValueError(f'dtype must be "auto", "float32" or "float64"; found {dtype!r}')
         self.kernel, self.n, self.cache_size = kernel, X.shape[0], cache_size
         self.counter = np.zeros(1, np.int64)  # of entries, one for a matrix and its parts
-        self.precomputed = kernel.function is None and kernel.name == "precomputed"
+        self.precomputed = self.stored = kernel.function is None and kernel.name == "precomputed"
         self.team = Team(1 if kernel.function is not None else threads)
         self.through_weights = (
             kernel.function is None and kernel.name in ("linear", "cosine") and X.shape[1] <= _WEIGHTS
@@ -563,15 +578,23 @@ class Gram:
         memory = np.empty(max(0, int(self.cache_size * 2**20)), np.uint8)
         cut = len(memory) - len(memory) // 8
         self.memory, self.reserve = memory[: cut // 64 * 64], memory[cut // 64 * 64 :]
-        self.cache = _Cache(self.n, self.dtype, self.memory, self.rows.cost > _DEAR_NS)
-        if self.divisible and self.n <= _SMALL:
-            self._compute_whole()
+        self.cache = _Cache(self.n, self.dtype, self.memory, self.dear)
+        work = self.n * self.n * self.rows.cost
+        if self.divisible and work <= _SMALL_NS and self.n <= _SMALL:
+            self._store(np.float64 if work <= _TINY_NS else dtype)
 
-    def _compute_whole(self) -> None:
-        """A small matrix is computed once, in float64, and is as good as a precomputed one."""
+    def _store(self, dtype: Any) -> None:
+        """Compute a small matrix once and for all."""
         with single_threaded_blas:
-            self.cache = _Whole(self.block(np.arange(self.n), np.float64))
-        self.dtype, self.exact, self.precomputed, self.divisible = np.dtype(np.float64), True, True, False
+            K = self._square(np.arange(self.n), np.dtype(dtype))
+        np.fill_diagonal(K, self.diagonal)
+        self.cache, self.dtype, self.stored, self.divisible = _Whole(K), K.dtype, True, False
+        self.exact = self.exact or K.dtype == np.float64
+
+    @property
+    def dear(self) -> bool:
+        """Whether an entry costs much more to compute than to copy."""
+        return self.divisible and self.rows.cost > _DEAR_NS
 
     @property
     def entries(self) -> int:
@@ -584,43 +607,48 @@ class Gram:
         part.__dict__.update(self.__dict__)
         part.n = len(index)
         part.rows, part.diagonal = self.rows.take(index), self.diagonal[index]
-        part.cache = _Cache(part.n, part.dtype, self.reserve, part.rows.cost > _DEAR_NS)
+        part.cache = _Cache(part.n, part.dtype, self.reserve, self.dear)
         return part
 
     def raise_precision(self) -> None:
         """Compute float64 entries from now on; what was kept is dropped."""
+        if self.stored:
+            self._store(np.float64)
+            return
         self.rows = self.rows.take(slice(None), np.float64)
         self.dtype, self.exact = self.rows.dtype, True
-        self.cache = _Cache(self.n, self.dtype, self.memory, self.rows.cost > _DEAR_NS)
+        self.cache = _Cache(self.n, self.dtype, self.memory, self.dear)
 
     def block(self, index: Array, dtype: Any = None) -> Array:
         """Rows and columns ``index``, shape (q, q); the diagonal is exact. ``dtype`` default: that of the entries.
 
-        Not to be written to: of a precomputed matrix it may be the matrix itself.
+        Not to be written to: of a stored matrix it may be the matrix itself.
         """
         dtype = np.dtype(dtype or self.dtype)
-        if self.precomputed and len(index) == self.n and (index[1:] > index[:-1]).all():
+        stored = self.stored and (self.exact or dtype == self.dtype)
+        if stored and dtype == self.dtype and len(index) == self.n and (index[1:] > index[:-1]).all():
             return self.cache.arena
-        K = np.empty((len(index), len(index)), dtype)
-        missing = np.ones(len(index), bool)
-        if self.precomputed or (self.divisible and dtype == self.dtype and self.rows.cost > _GATHER_NS):
-            slots = self.cache.find(index)
+        if not stored and not (self.dear and dtype == self.dtype):
+            K = self._square(index, dtype)
+        else:
+            K, slots = np.empty((len(index), len(index)), dtype), self.cache.find(index)
             _tiles.gather(self.cache.arena, slots, index, K)
-            missing = slots < 0
-        if missing.any():
-            where = np.flatnonzero(missing)
-
-            def use(lo: int, hi: int, a: int, tile: Array) -> None:
-                if len(where) == len(index):
-                    K[lo:hi, a : a + tile.shape[1]] = tile
-                else:
-                    K[lo:hi, where[a : a + tile.shape[1]]] = tile
-
-            part = self.rows.take(index, dtype)
-            _sweep(self.team, part, _chunks(part, self.rows, index[where]), use)
-            self.counter += len(index) * len(where)
-            K[np.ix_(missing, ~missing)] = K[np.ix_(~missing, missing)].T
+            missing, kept = np.flatnonzero(slots < 0), np.flatnonzero(slots >= 0)
+            if len(missing):
+                K[np.ix_(missing, missing)] = self._square(index[missing], dtype)
+                K[np.ix_(missing, kept)] = K[np.ix_(kept, missing)].T
         np.fill_diagonal(K, self.diagonal[index])
+        return K
+
+    def _square(self, index: Array, dtype: np.dtype) -> Array:
+        """Rows and columns ``index``, computed."""
+        K, rows = np.empty((len(index), len(index)), dtype), self.rows.take(index, dtype)
+
+        def use(lo: int, hi: int, a: int, tile: Array) -> None:
+            K[lo:hi, a : a + tile.shape[1]] = tile
+
+        _sweep(self.team, rows, _chunks(rows, rows), use)
+        self.counter += K.size
         return K
 
     def add_product(self, out: Array, index: Array, step: Array, keep: Array | None = None) -> None:
@@ -687,7 +715,7 @@ class Gram:
 
     def exact_product(self, index: Array, step: Array, rows: Array | slice = slice(None)) -> Array:
         """``K[rows, index] step`` with float64 entries, computed anew; shape (len(rows),)."""
-        if self.precomputed or self.through_weights:
+        if self.through_weights or (self.stored and self.exact):
             out = np.zeros(self.n)
             self.add_product(out, index, step)
             return out[rows]
@@ -724,13 +752,14 @@ class Expansion:
     """
 
     def __init__(self, Z: Any, kernel: Kernel, coef: Array, *, dtype: Any = np.float64, device: str | None = None):
-        self.Z, self.kernel, self.coef, self.device = Z, kernel, coef, device
+        self.Z, self.kernel, self.coef, self.dtype, self.device = Z, kernel, coef, dtype, device
         self.single = np.ascontiguousarray(coef[:, 0]) if coef.shape[1] == 1 else None
         self.plain = len(coef) > 0 and device is None and not (kernel.function is None and kernel.name == "precomputed")
         if self.plain:
             self.rows = _make_rows(Z, kernel, dtype)
+            size = self.rows.n * self.rows.d * self.rows.dtype.itemsize  # dense, as columns are made ready
             wide = isinstance(self.rows, _DotRows) and self.rows.sparse and self.rows.d > _WIDE
-            self.ready = None if wide else list(_chunks(self.rows, self.rows))
+            self.ready = None if wide or size > _READY_BYTES else list(_chunks(self.rows, self.rows))
 
     def __call__(self, X: Any, threads: int | None = None) -> Array:
         """The sums at every row of X, shape (m, r), float64; for ``precomputed`` X is K(X, Z), shape (m, k)."""
@@ -739,7 +768,7 @@ class Expansion:
                 return np.asarray(X @ self.coef) if len(self.coef) else np.zeros((X.shape[0], self.coef.shape[1]))
             from bcd.gram_torch import torch_product
 
-            return torch_product(X, self.Z, self.kernel, self.coef, self.device)
+            return torch_product(X, self.Z, self.kernel, self.coef, self.device, self.dtype)
         out = np.zeros((X.shape[0], self.coef.shape[1]))
         if 0 in out.shape:
             return out

@@ -47,7 +47,7 @@ def newton(K: Array, grad: Array, x: Array, lower: Array, upper: Array, start: A
         cap = float((room[d != 0] / np.abs(d[d != 0])).min())
         multiple = min(cap, -slope / curvature if curvature > 0 else cap)
         moved = np.clip(x[free] + multiple * d, lower[free], upper[free])
-        stopped = room <= multiple * np.abs(d)
+        stopped = room <= multiple * np.abs(d) * (1 + 4 * EPS)  # room / |d| times |d| may be less than room
         moved[stopped] = np.where(d > 0, upper[free], lower[free])[stopped]
         grad += K[:, free] @ (moved - x[free])
         x[free] = moved
