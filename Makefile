@@ -54,6 +54,7 @@ bench: $(VENV)/.bench
 # the estimators against LIBSVM and scikit-learn-intelex, about half an hour; BCD_DATA names the folder of the data sets
 bench-svm: $(VENV)/.bench
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run svm_peers
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run svm_predict
 	$(BIN)/python -m experiments tables
 
 clean:

@@ -944,6 +944,8 @@ def segment_pairs(Q, grad, x, lower, upper, diagonal, start, tol, steps, allowan
         i, j, most, g_i = 0, -1, 0.0, 0.0
         for s in range(segments):
             a, b = start[s], start[s + 1]
+            if a == b:
+                continue
             k = first[s]
             other, gain = _best_partner(grad[a:b], low[a:b], Q[k, a:b], diagonal[a:b], least[s], diagonal[k])
             if other >= 0 and gain > most:

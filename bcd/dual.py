@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,18 @@ from bcd.gram import Gram, single_threaded_blas
 from bcd.interior import newton, solve_interior
 from bcd.result import Status
 
-__all__ = ["Dual", "DualProgress", "DualResult", "solve_dual"]
+__all__ = [
+    "Dual",
+    "DualProgress",
+    "DualResult",
+    "nu_svc_dual",
+    "nu_svr_dual",
+    "one_class_dual",
+    "solve_dual",
+    "svc_dual",
+    "svdd_dual",
+    "svr_dual",
+]
 
 Array = np.ndarray
 
@@ -40,6 +52,8 @@ LEAST, MOST = 256, 2048  # coordinates of a block: it grows while most of them m
 WHOLE = 2048  # coordinates up to which one block holds all of them, if their matrix is at hand
 ACCURACY = 0.1  # a block or part is solved to this fraction of the violation
 FEW = 5e6  # entries that are computed in float64 without a second thought, to certify
+MANY = 1e8  # entries that are computed in float64 after a limit was met: about a fifth of a second
+REBUILDS = 4  # of the gradient in float64 before all entries become float64
 SAMPLE = 256  # rows on which the rounding of the others is measured
 BLUR = 0.3  # of the violation: with that much rounding in the gradient, steps are no longer worth taking
 MARGIN = 10.0  # times the largest error of the sample: how far from an end a row's gradient is certainly no end
@@ -72,6 +86,129 @@ class Dual:
         one = len(self.labels) == 0
         total = float(self.totals[0]) if one else list(self.totals)
         return SumBox(self.lower, self.upper, total, None if one else self.labels).bind(len(self.linear))
+
+
+# -- the SVMs: see the table at the top of bcd/svm.py ----------------------------------------------
+
+ONE_SUM = np.empty(0, np.int64)
+
+
+def svc_dual(y: Array, upper: Array) -> Dual:
+    """C-SVC.
+
+    Parameters
+    ----------
+    y : ndarray of float64, shape (n,)
+        +1 and -1.
+    upper : ndarray of float64, shape (n,)
+        C_i.
+
+    Returns
+    -------
+    Dual
+
+    Examples
+    --------
+    >>> svc_dual(np.array([1.0, -1.0]), np.full(2, 3.0)).lower
+    array([ 0., -3.])
+    """
+    positive = y > 0
+    return Dual(-y, np.where(positive, 0.0, -upper), np.where(positive, upper, 0.0), np.zeros(1), ONE_SUM)
+
+
+def nu_svc_dual(y: Array, weight: Array, nu: float) -> Dual:
+    """nu-SVC; sum 0 is that of class +1, sum 1 that of class -1.
+
+    Parameters
+    ----------
+    y : ndarray of float64, shape (n,)
+        +1 and -1.
+    weight : ndarray of float64, shape (n,)
+        w_i.
+    nu : float
+        At most twice the share of the smaller class in the weights.
+
+    Returns
+    -------
+    Dual
+    """
+    positive = y > 0
+    half = min(nu * weight.sum() / 2, weight[positive].sum(), weight[~positive].sum())
+    lower, upper = np.where(positive, 0.0, -weight), np.where(positive, weight, 0.0)
+    return Dual(np.zeros(len(y)), lower, upper, np.array([half, -half]), (~positive).astype(np.int64))
+
+
+def svr_dual(y: Array, upper: Array, epsilon: float) -> Dual:
+    """epsilon-SVR; coordinates k and n + k are p_k and m_k.
+
+    Parameters
+    ----------
+    y, upper : ndarray of float64, shape (n,)
+        Targets and C_i.
+    epsilon : float
+
+    Returns
+    -------
+    Dual
+        With 2 n coordinates.
+    """
+    zero = np.zeros(len(y))
+    linear = np.concatenate([epsilon - y, -epsilon - y])
+    return Dual(linear, np.concatenate([zero, -upper]), np.concatenate([upper, zero]), np.zeros(1), ONE_SUM)
+
+
+def nu_svr_dual(y: Array, upper: Array, nu: float) -> Dual:
+    """nu-SVR; sum 0 is that of p, sum 1 that of m.
+
+    Parameters
+    ----------
+    y, upper : ndarray of float64, shape (n,)
+        Targets and C_i.
+    nu : float
+
+    Returns
+    -------
+    Dual
+        With 2 n coordinates.
+    """
+    half = nu * upper.sum() / 2
+    labels = np.repeat(np.array([0, 1], np.int64), len(y))
+    return replace(svr_dual(y, upper, 0.0), totals=np.array([half, -half]), labels=labels)
+
+
+def one_class_dual(weight: Array, nu: float) -> Dual:
+    """One-class SVM.
+
+    Parameters
+    ----------
+    weight : ndarray of float64, shape (n,)
+        w_i.
+    nu : float
+
+    Returns
+    -------
+    Dual
+    """
+    zero = np.zeros(len(weight))
+    return Dual(zero, zero, weight, np.array([nu * weight.sum()]), ONE_SUM)
+
+
+def svdd_dual(diagonal: Array, upper: Array) -> Dual:
+    """Support vector data description, halved.
+
+    Parameters
+    ----------
+    diagonal, upper : ndarray of float64, shape (n,)
+        k(x_i, x_i) and C_i.
+
+    Returns
+    -------
+    Dual
+    """
+    return Dual(-diagonal / 2, np.zeros(len(upper)), upper, np.ones(1), ONE_SUM)
+
+
+# -- the solver ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -179,6 +316,8 @@ def solve_dual(
     ------
     InfeasibleError
         A ValueError: no point satisfies the bounds and totals.
+    ValueError
+        If a diagonal entry of the matrix is not finite.
 
     Examples
     --------
@@ -189,14 +328,20 @@ def solve_dual(
     array([ 0. ,  0.5, -0.5])
     """
     feasible = dual.bind()
-    with interrupts() as pressed, single_threaded_blas:
+    if not np.isfinite(gram.diagonal).all():
+        k = int(np.argmin(np.isfinite(gram.diagonal)))
+        raise ValueError(f"k(x, x) must be finite; at row {k} it is {gram.diagonal[k]}: scale the features")
+    alone = nullcontext() if gram.kernel.function is not None else single_threaded_blas
+    with interrupts() as pressed, alone:
         watch = _Watch(tol, max_iter, time_limit, callback, pressed)
         try:
-            x = _first_point(dual, feasible) if x0 is None else feasible.project(x0)
+            x = _first_point(dual, feasible) if x0 is None else _near(feasible, x0)
             point = _Point(gram, Moves(feasible, x), dual.linear, np.zeros(gram.n), watch)
             point.parts = shrinking and gram.divisible
             point.start()
             status = point.solve()
+            if not status.ok:
+                point.finish()
             point.moves.settle()
         finally:
             gram.team.close()
@@ -248,7 +393,7 @@ class _Watch:
     time_limit: float | None
     callback: Callable[[DualProgress], Any] | None
     pressed: list[bool]
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=lambda: time.perf_counter())
     pairs: int = 0
     stopped: Status | None = None
 
@@ -332,20 +477,28 @@ class _Point:
             violation, objective = self.moves.violation(grad), self.objective(grad)
             self.watch.report(self, violation, objective)
             if self.watch.stop():
-                return self.watch.stopped or Status.CALLBACK
+                return self.watch.stopped  # type: ignore[return-value]
+            if not np.isfinite(violation) and self.gram.exact:
+                return Status.NOT_FINITE
             done, fresh = violation <= self.watch.tol, pairs == self.watch.pairs  # fresh: nothing moved since a rebuild
             if done and fresh:
                 return Status.CONVERGED
-            stalled = progress.stalled(violation, objective)
+            stalled = progress.stalled(violation, objective) and not done
             if not (done or stalled or (self._blurred(violation) and self._measured(violation))):
                 self.step(grad, violation)
                 continue
-            if stalled or (rebuilds > 4 and not self.gram.exact):
+            if stalled or (rebuilds > REBUILDS and not self.gram.exact) or rebuilds > 20 * REBUILDS:
                 if not self._sharpen():
                     return Status.STAGNATED
                 progress = _Progress()
             self._rebuild(violation)
-            rebuilds, pairs = rebuilds + 1, self.watch.pairs
+            rebuilds, pairs, progress.objective = rebuilds + 1, self.watch.pairs, np.inf
+
+    def finish(self) -> None:
+        """Make the gradient of a point that a limit has left exact, where that does not take long."""
+        b = self.coefficients()
+        if not self.gram.exact and self.n * np.count_nonzero(b) <= MANY:
+            self._rebuild(np.inf)
 
     def _blurred(self, violation: float) -> bool:
         """Whether the rounding of float32 entries could hide the violation."""
@@ -532,6 +685,28 @@ def _spread(grad: Array, moves: Moves, size: int) -> Array:
         np.flatnonzero((room > 0) & (labels == s)) for s in range(moves.groups) for room in (moves.rise, moves.fall)
     ]
     return np.concatenate([draw.choice(end, min(share, len(end)), replace=False) for end in ends])
+
+
+def _near(feasible: FeasibleSet, x0: Array) -> Array:
+    """A feasible point near x0 that is zero where x0 is: what a sum lacks is spread over its other coordinates.
+
+    Those inside the bounds give first. Where they do not suffice, the projection of x0.
+    """
+    x = np.clip(np.asarray(x0, np.float64), feasible.lower, feasible.upper)
+    for s in range(len(feasible.totals)):
+        member = feasible.members(s)
+        excess = _compiled.exact_sum(x[member]) - feasible.totals[s]
+        if abs(excess) <= feasible.rounding(s):
+            continue
+        room = x[member] - feasible.lower[member] if excess > 0 else feasible.upper[member] - x[member]
+        inside = (x[member] > feasible.lower[member]) & (x[member] < feasible.upper[member])
+        for giving in (room * (inside & (x[member] != 0)), room * (x[member] != 0)):
+            if giving.sum() >= abs(excess):
+                x[member] -= excess * giving / giving.sum()
+                break
+        else:
+            return feasible.project(x0)
+    return np.clip(x, feasible.lower, feasible.upper)
 
 
 def _first_point(dual: Dual, feasible: FeasibleSet) -> Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Kernel matrices K_ij = k(x_i, x_j) of n rows, read by columns and never stored whole.
+"""Kernel matrices K_ij = k(x_i, x_j) of n rows, read by columns and stored whole only where that is little.
 
 What a solver asks of one is three functions: the diagonal, a square block, and the product with a sparse
 vector, ``out += K[:, index] step``. The product goes over the rows in tiles: inner products (one BLAS call or
@@ -27,7 +27,7 @@ import scipy.sparse as sp
 
 from bcd import _tiles
 
-__all__ = ["KERNELS", "Expansion", "Gram", "Kernel", "kernel_product"]
+__all__ = ["KERNELS", "Expansion", "Gram", "Kernel", "kernel_diagonal", "kernel_product"]
 
 Array = np.ndarray
 KERNELS = ("linear", "rbf", "poly", "sigmoid", "laplacian", "cosine", "precomputed")
@@ -39,7 +39,7 @@ _TILE_BYTES = 1 << 19  # half of a usual second-level cache
 _SQUARE = 64  # rows at a time for the diagonal of a callable kernel
 # a matrix of at most so many rows is computed at once if it costs one core at most so much, in float64 if less
 _SMALL, _SMALL_NS, _TINY_NS = 2048, 1.5e7, 2e6
-_SLAB = 1 << 14  # rows converted to float64 at a time
+_SLAB, _SLAB_BYTES = 1 << 14, 1 << 26  # rows converted at a time, and what they may take
 _WIDE = 1 << 16  # features beyond which only those that a chunk of columns has are looked at
 _INLINE = 1 << 15  # entries for which waking a second thread does not pay
 # nanoseconds of one core: a term of a dense inner product, of a sparse one, an entry that is dear
@@ -124,6 +124,10 @@ class _Rows:
     def like(self, X: Any) -> _Rows:
         """Other data in the same form and precision."""
         return type(self)(X, self.kernel, self.dtype)
+
+    def sizes(self) -> Array:
+        """What the rounding of a row's entries grows with."""
+        return np.abs(self.diagonal())
 
     def diagonal(self) -> Array:
         """k(x_i, x_i) in float64."""
@@ -234,6 +238,10 @@ class _DotRows(_Rows):
             else:
                 np.power(tile, real(kernel.degree), out=tile)
 
+    def sizes(self) -> Array:
+        """Squared norms of the rows, as they are stored."""
+        return _square_norms(self.rows)
+
     def diagonal(self) -> Array:
         """k(x_i, x_i) in float64."""
         if self.kernel.name == "rbf":
@@ -270,6 +278,21 @@ class _LaplacianRows(_Rows):
     def diagonal(self) -> Array:
         """Ones."""
         return np.ones(self.n)
+
+    def sizes(self) -> Array:
+        """Sums of absolute values."""
+        return np.asarray(abs(self.source).sum(axis=1), np.float64).ravel()
+
+
+def _copied_bytes(rows: Any, X: Any) -> int:
+    """Memory of rows that is not memory of X."""
+    mine, given = (A.data if sp.issparse(A) else A for A in (rows, X))
+    return 0 if np.may_share_memory(mine, given) else mine.nbytes
+
+
+def _slab(d: int) -> int:
+    """Rows to be converted at a time."""
+    return int(min(_SLAB, max(64, _SLAB_BYTES // (8 * max(1, d)))))
 
 
 def _make_rows(X: Any, kernel: Kernel, dtype: Any) -> _Rows:
@@ -335,8 +358,10 @@ _scratch = _Scratch()
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: its affinity, or less if NUMBA_NUM_THREADS or OMP_NUM_THREADS says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    told = os.environ.get("NUMBA_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    return max(1, min(cores, int(told))) if told.isdigit() else cores
 
 
 class _BlasLimit:
@@ -503,7 +528,7 @@ class Gram:
     X : array of float32 or float64, shape (n, d), or scipy CSR
         Rows; for ``precomputed`` the symmetric matrix itself, shape (n, n), used in place.
     kernel : Kernel
-    dtype : {"auto", "float32", "float64"}
+    dtype : {"auto", "float64"}
         Of the entries. "auto" starts with float32 and lets the solver raise it. A precomputed matrix keeps its
         own; callables are float64.
     cache_size : float
@@ -554,8 +579,8 @@ class Gram:
         device: str | None = None,
         threads: int | None = None,
     ):
-        if dtype not in ("auto", "float32", "float64"):
-            raise ValueError(f'dtype must be "auto", "float32" or "float64"; found {dtype!r}')
+        if dtype not in ("auto", "float64"):
+            raise ValueError(f'dtype must be "auto" or "float64"; found {dtype!r}')
         self.kernel, self.n, self.cache_size = kernel, X.shape[0], cache_size
         self.counter = np.zeros(1, np.int64)  # of entries, one for a matrix and its parts
         self.precomputed = self.stored = kernel.function is None and kernel.name == "precomputed"
@@ -572,16 +597,27 @@ class Gram:
             self.cache: Any = _Whole(X)
             self.diagonal, self.dtype = X.diagonal().astype(np.float64), X.dtype
             return
-        self.rows = _make_rows(X, self.kernel, dtype)
+        self.rows = _make_rows(sp.csr_array(X) if self._mostly_zeros(X) else X, self.kernel, dtype)
         self.dtype, self.diagonal = self.rows.dtype, self.rows.diagonal()
         # one arena for all columns, the last eighth for those of parts; its pages are touched only as columns arrive
-        memory = np.empty(max(0, int(self.cache_size * 2**20)), np.uint8)
+        # a float32 copy of the data counts as cache, so that a fit adds no more than cache_size to the data
+        copied = _copied_bytes(getattr(self.rows, "rows", X), X)
+        budget = max(self.cache_size * 2**20 - copied, self.cache_size * 2**20 / 8)
+        memory = np.empty(int(min(budget, self.n * (self.n + 1) * self.dtype.itemsize * 8 / 7)), np.uint8)
         cut = len(memory) - len(memory) // 8
         self.memory, self.reserve = memory[: cut // 64 * 64], memory[cut // 64 * 64 :]
         self.cache = _Cache(self.n, self.dtype, self.memory, self.dear)
         work = self.n * self.n * self.rows.cost
-        if self.divisible and work <= _SMALL_NS and self.n <= _SMALL:
-            self._store(np.float64 if work <= _TINY_NS else dtype)
+        entry = np.dtype(np.float64 if work <= _TINY_NS else dtype)
+        fits = self.n * self.n * entry.itemsize <= self.cache_size * 2**20
+        if self.divisible and work <= _SMALL_NS and self.n <= _SMALL and fits:
+            self._store(entry)
+
+    def _mostly_zeros(self, X: Any) -> bool:
+        """Whether dense data would cost less than half as sparse rows: one-hot features, say."""
+        if sp.issparse(X) or self.kernel.function is not None or self.kernel.name == "laplacian" or X.size < _INLINE:
+            return False
+        return 2 * np.count_nonzero(X) * _SPARSE_NS < X.size * _DENSE_NS
 
     def _store(self, dtype: Any) -> None:
         """Compute a small matrix once and for all."""
@@ -687,8 +723,10 @@ class Gram:
 
     def _add_through_weights(self, out: Array, index: Array, step: Array) -> None:
         """The same by way of ``w = X[index]' step``, which costs less than a column and rounds less."""
-        X = self.rows.rows  # type: ignore[attr-defined]
-        w = X[index].T @ step
+        X, size = self.rows.rows, _slab(self.rows.d)  # type: ignore[attr-defined]
+        w = np.zeros(self.rows.d)
+        for a in range(0, len(index), size):
+            w += X[index[a : a + size]].T @ step[a : a + size]
 
         def job(lo: int, hi: int) -> None:
             out[lo:hi] += X[lo:hi] @ w
@@ -710,8 +748,8 @@ class Gram:
         self.counter += self.n * len(index)
 
     def sizes(self) -> Array:
-        """What the rounding of a row's entries grows with: gamma |x|^2 (rbf), else k(x, x)."""
-        return -self.rows.shift if self.kernel.name == "rbf" and not self.precomputed else np.abs(self.diagonal)  # type: ignore[attr-defined]
+        """What the rounding of a row's entries grows with: the norm of its features (precomputed: its diagonal)."""
+        return np.abs(self.diagonal) if self.precomputed else self.rows.sizes()
 
     def exact_product(self, index: Array, step: Array, rows: Array | slice = slice(None)) -> Array:
         """``K[rows, index] step`` with float64 entries, computed anew; shape (len(rows),)."""
@@ -721,14 +759,16 @@ class Gram:
             return out[rows]
         number = np.arange(self.n)[rows]
         out = np.zeros(len(number))
-        for a in range(0, len(number), _SLAB):  # so that float64 copies of the rows stay small
-            part = self.rows.take(number[a : a + _SLAB], np.float64)
-            target = out[a : a + _SLAB]
+        size = _slab(self.rows.d)
+        for a in range(0, len(number), size):  # so that float64 copies of the rows stay small
+            part = self.rows.take(number[a : a + size], np.float64)
+            target = out[a : a + size]
 
             def use(lo: int, hi: int, b: int, tile: Array, target: Array = target) -> None:
                 _tiles.add_dots(target[lo:hi], tile, step[b : b + tile.shape[1]])
 
             _sweep(self.team, part, _chunks(part, self.rows, index), use)
+        self.counter += len(number) * len(index)
         return out
 
 
@@ -755,7 +795,10 @@ class Expansion:
         self.Z, self.kernel, self.coef, self.dtype, self.device = Z, kernel, coef, dtype, device
         self.single = np.ascontiguousarray(coef[:, 0]) if coef.shape[1] == 1 else None
         self.plain = len(coef) > 0 and device is None and not (kernel.function is None and kernel.name == "precomputed")
-        if self.plain:
+        self.weights = None
+        if self.plain and kernel.function is None and kernel.name == "linear" and Z.shape[1] <= _WEIGHTS:
+            self.weights = np.asarray(Z.T @ coef)
+        elif self.plain:
             self.rows = _make_rows(Z, kernel, dtype)
             size = self.rows.n * self.rows.d * self.rows.dtype.itemsize  # dense, as columns are made ready
             wide = isinstance(self.rows, _DotRows) and self.rows.sparse and self.rows.d > _WIDE
@@ -769,6 +812,8 @@ class Expansion:
             from bcd.gram_torch import torch_product
 
             return torch_product(X, self.Z, self.kernel, self.coef, self.device, self.dtype)
+        if self.weights is not None:
+            return np.asarray(X @ self.weights)
         out = np.zeros((X.shape[0], self.coef.shape[1]))
         if 0 in out.shape:
             return out
@@ -776,8 +821,9 @@ class Expansion:
         team = Team(1 if small or self.kernel.function is not None else threads)
         try:
             with nullcontext() if small else single_threaded_blas:
-                for a in range(0, X.shape[0], _SLAB):  # so that converted rows stay small
-                    self._add(out[a : a + _SLAB], X[a : a + _SLAB], team)
+                size = _slab(self.rows.d)
+                for a in range(0, X.shape[0], size):  # so that converted rows stay small
+                    self._add(out[a : a + size], X[a : a + size], team)
         finally:
             team.close()
         return out
@@ -793,6 +839,13 @@ class Expansion:
                 out[lo:hi] += tile.astype(np.float64, copy=False) @ self.coef[chunk]
 
         _sweep(team, rows, _chunks(rows, self.rows) if self.ready is None else self.ready, use)
+
+
+def kernel_diagonal(X: Any, kernel: Kernel) -> Array:
+    """``k(x_i, x_i)``, shape (n,), float64; not for ``precomputed``."""
+    size = _slab(X.shape[1] if X.ndim > 1 else 1)
+    parts = [_make_rows(X[a : a + size], kernel, np.float64).diagonal() for a in range(0, X.shape[0], size)]
+    return np.concatenate([np.empty(0), *parts])
 
 
 def kernel_product(

@@ -51,8 +51,19 @@ from sklearn.utils.multiclass import _ovr_decision_function, check_classificatio
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from bcd._check import as_vector
-from bcd.dual import Dual, DualProgress, DualResult, solve_dual
-from bcd.gram import KERNELS, Expansion, Gram, Kernel, kernel_product, usable_cores
+from bcd.dual import (
+    Dual,
+    DualProgress,
+    DualResult,
+    nu_svc_dual,
+    nu_svr_dual,
+    one_class_dual,
+    solve_dual,
+    svc_dual,
+    svdd_dual,
+    svr_dual,
+)
+from bcd.gram import KERNELS, Expansion, Gram, Kernel, kernel_diagonal, kernel_product, usable_cores
 from bcd.result import Status
 
 try:
@@ -70,136 +81,11 @@ __all__ = [
     "NuSVC",
     "NuSVR",
     "OneClassSVM",
-    "nu_svc_dual",
-    "nu_svr_dual",
-    "one_class_dual",
-    "svc_dual",
-    "svdd_dual",
-    "svr_dual",
 ]
 
 Array = np.ndarray
-ONE_SUM = np.empty(0, np.int64)
 LOOK_SECONDS = 1.0  # between two lines of verbose
 SIDE_BY_SIDE = 256  # pairs of classes, about twice what one product of a prediction has
-
-
-# The duals ----------------------------------------------------------------------------------------------------
-
-
-def svc_dual(y: Array, upper: Array) -> Dual:
-    """C-SVC.
-
-    Parameters
-    ----------
-    y : ndarray of float64, shape (n,)
-        +1 and -1.
-    upper : ndarray of float64, shape (n,)
-        C_i.
-
-    Returns
-    -------
-    Dual
-
-    Examples
-    --------
-    >>> svc_dual(np.array([1.0, -1.0]), np.full(2, 3.0)).lower
-    array([ 0., -3.])
-    """
-    positive = y > 0
-    return Dual(-y, np.where(positive, 0.0, -upper), np.where(positive, upper, 0.0), np.zeros(1), ONE_SUM)
-
-
-def nu_svc_dual(y: Array, weight: Array, nu: float) -> Dual:
-    """nu-SVC; sum 0 is that of class +1, sum 1 that of class -1.
-
-    Parameters
-    ----------
-    y : ndarray of float64, shape (n,)
-        +1 and -1.
-    weight : ndarray of float64, shape (n,)
-        w_i.
-    nu : float
-        At most twice the share of the smaller class in the weights.
-
-    Returns
-    -------
-    Dual
-    """
-    positive = y > 0
-    half = min(nu * weight.sum() / 2, weight[positive].sum(), weight[~positive].sum())
-    lower, upper = np.where(positive, 0.0, -weight), np.where(positive, weight, 0.0)
-    return Dual(np.zeros(len(y)), lower, upper, np.array([half, -half]), (~positive).astype(np.int64))
-
-
-def svr_dual(y: Array, upper: Array, epsilon: float) -> Dual:
-    """epsilon-SVR; coordinates k and n + k are p_k and m_k.
-
-    Parameters
-    ----------
-    y, upper : ndarray of float64, shape (n,)
-        Targets and C_i.
-    epsilon : float
-
-    Returns
-    -------
-    Dual
-        With 2 n coordinates.
-    """
-    zero = np.zeros(len(y))
-    linear = np.concatenate([epsilon - y, -epsilon - y])
-    return Dual(linear, np.concatenate([zero, -upper]), np.concatenate([upper, zero]), np.zeros(1), ONE_SUM)
-
-
-def nu_svr_dual(y: Array, upper: Array, nu: float) -> Dual:
-    """nu-SVR; sum 0 is that of p, sum 1 that of m.
-
-    Parameters
-    ----------
-    y, upper : ndarray of float64, shape (n,)
-        Targets and C_i.
-    nu : float
-
-    Returns
-    -------
-    Dual
-        With 2 n coordinates.
-    """
-    half = nu * upper.sum() / 2
-    labels = np.repeat(np.array([0, 1], np.int64), len(y))
-    return replace(svr_dual(y, upper, 0.0), totals=np.array([half, -half]), labels=labels)
-
-
-def one_class_dual(weight: Array, nu: float) -> Dual:
-    """One-class SVM.
-
-    Parameters
-    ----------
-    weight : ndarray of float64, shape (n,)
-        w_i.
-    nu : float
-
-    Returns
-    -------
-    Dual
-    """
-    zero = np.zeros(len(weight))
-    return Dual(zero, zero, weight, np.array([nu * weight.sum()]), ONE_SUM)
-
-
-def svdd_dual(diagonal: Array, upper: Array) -> Dual:
-    """Support vector data description, halved.
-
-    Parameters
-    ----------
-    diagonal, upper : ndarray of float64, shape (n,)
-        k(x_i, x_i) and C_i.
-
-    Returns
-    -------
-    Dual
-    """
-    return Dual(-diagonal / 2, np.zeros(len(upper)), upper, np.ones(1), ONE_SUM)
 
 
 # One problem --------------------------------------------------------------------------------------------------
@@ -225,6 +111,22 @@ class _Point(NamedTuple):
     product: Array
     offset: Array
     largest: float  # of the diagonal of K
+    solved: bool
+
+
+def _point_of(result: DualResult, largest: float) -> _Point:
+    if result.status is Status.NOT_FINITE:
+        raise ValueError("The kernel matrix is not finite; found values in X that are too large: scale the features")
+    return _Point(result.coefficients, result.product, result.offset, largest, result.status.ok)
+
+
+class _Halt:
+    """A callback that stops every solve that asks it, once ``now`` is set."""
+
+    now = False
+
+    def __call__(self, progress: DualProgress) -> bool:
+        return self.now
 
 
 def _rows(X: Any, rows: Array | None, kernel: Kernel) -> Any:
@@ -250,12 +152,12 @@ def _solve_pair(
     return solve_dual(columns, dual, x0, time_limit=limit, **solver), float(columns.diagonal.max())
 
 
-def _rescaled(x: Array, width: Array, dual: Dual) -> Array:
+def _rescaled(x: Array, last: Dual, dual: Dual) -> Array:
     """A point of an earlier box in the box of now: each coordinate keeps its place between its bounds."""
-    new = dual.upper - dual.lower
-    finite = (width > 0) & np.isfinite(width) & np.isfinite(new)
-    ratio = np.divide(new, width, out=np.ones(len(x)), where=finite)
-    return np.clip(x * ratio, dual.lower, dual.upper)
+    width, new = last.upper - last.lower, dual.upper - dual.lower
+    out = x * np.divide(new, width, out=np.ones(len(x)), where=width > 0)
+    out[x == last.lower], out[x == last.upper] = dual.lower[x == last.lower], dual.upper[x == last.upper]
+    return np.clip(np.where(x == 0, 0.0, out), dual.lower, dual.upper)
 
 
 def _offsets(dual: Dual, x: Array, product: Array) -> Array:
@@ -435,8 +337,8 @@ class _SVM(CallbackSupportMixin, BaseEstimator, ABC):
         last = getattr(self, "_last_duals", None) if self.warm_start else None
         if last is None or len(last) <= k or len(last[k][0]) != len(dual.linear):
             return None
-        x, width = last[k]
-        return _rescaled(x, width, dual)
+        x, before = last[k]
+        return _rescaled(x, before, dual)
 
     def _solve(self, data: _Data, gram: Gram, dual: Dual, sample_weight: Any) -> None:
         """Solve the only problem of this machine and set every fitted attribute."""
@@ -454,7 +356,9 @@ class _SVM(CallbackSupportMixin, BaseEstimator, ABC):
             callback=look if tasks.wanted or self.verbose else None,
             **self._solver_settings(),
         )
-        self._set(self._model(data, _Point(result.coefficients, result.product, result.offset, largest)))
+        self._set(
+            self._model(data, _Point(result.coefficients, result.product, result.offset, largest, result.status.ok))
+        )
         self._set(self._certificate(result))
         self._conclude([result], [dual])
         tasks.end()
@@ -468,7 +372,7 @@ class _SVM(CallbackSupportMixin, BaseEstimator, ABC):
         precomputed = kernel.name == "precomputed"
         X, Z = (data.X[:, support], None) if precomputed else (data.X, data.X[support])
         product = kernel_product(X, Z, kernel, b[support, None], device=self.device)[:, 0]
-        return self._model(data, _Point(b, product, _offsets(dual, x, product), largest))
+        return self._model(data, _Point(b, product, _offsets(dual, x, product), largest, False))
 
     def _set(self, attributes: dict[str, Any]) -> None:
         for name, value in attributes.items():
@@ -488,7 +392,7 @@ class _SVM(CallbackSupportMixin, BaseEstimator, ABC):
     def _conclude(self, results: list[DualResult], duals: list[Dual]) -> None:
         """Remember the solutions if they are to be started from, and say what did not converge."""
         if self.warm_start:
-            self._last_duals = [(r.x, d.upper - d.lower) for r, d in zip(results, duals, strict=True)]
+            self._last_duals = [(r.x, d) for r, d in zip(results, duals, strict=True)]
         self.fit_status_ = int(not all(r.status.ok for r in results))
         poor = [r for r in results if r.status not in (Status.CONVERGED, Status.CALLBACK)]
         if not poor:
@@ -727,7 +631,9 @@ class _Classifier(ClassifierMixin, _SVM):
         table, intercept = np.zeros((len(members) - 1, n)), np.empty(len(pairs))
         for k, (i, j) in enumerate(pairs):
             result, largest = solved[k]
-            b, intercept[k] = self._boundary(_Point(result.coefficients, result.product, result.offset, largest))
+            b, intercept[k] = self._boundary(
+                _Point(result.coefficients, result.product, result.offset, largest, result.status.ok)
+            )
             first = data.y[rows[k]] == i
             table[j - 1, rows[k][first]] = b[first]
             table[i, rows[k][~first]] = b[~first]
@@ -752,7 +658,8 @@ class _Classifier(ClassifierMixin, _SVM):
         total = len(duals)
         workers = min(effective_n_jobs(self.n_jobs), total)
         deadline = np.inf if self.time_limit is None else time.perf_counter() + self.time_limit
-        fixed = (self._make_kernel(), self._gram_settings(workers), self._solver_settings())
+        halt = _Halt()
+        fixed = (self._make_kernel(), self._gram_settings(workers), self._solver_settings() | {"callback": halt})
         starts = [self._start(k, dual) for k, dual in enumerate(duals)]
 
         def job(k: int, **limits: Any) -> Any:
@@ -780,6 +687,7 @@ class _Classifier(ClassifierMixin, _SVM):
             answers.close()
         if stopped is None:
             return done
+        halt.now = True  # for pairs that other threads are at
         for k in range(len(done), total):
             result, largest = _solve_pair(*job(k, max_iter=0))
             done.append((replace(result, status=stopped), largest))
@@ -1128,8 +1036,10 @@ class NuSVC(_Classifier):
     def _boundary(self, point: _Point) -> tuple[Array, float]:
         above, below = point.offset
         rho = (below - above) / 2
-        rounding = np.finfo(float).eps * point.largest * np.abs(point.coefficients).sum()
-        if not rho > 4 * rounding:
+        least = 4 * np.finfo(float).eps * point.largest * np.abs(point.coefficients).sum()
+        if not rho > least and not point.solved:
+            rho = max(least, np.finfo(float).tiny)  # far from optimal: nothing to normalise by yet
+        elif not rho > least:
             raise ValueError(
                 f"nu = {self.nu:g} leaves no margin (rho = {rho:.3g}): the reduced convex hulls of two classes meet; "
                 "try a smaller nu, a smaller tol, another kernel, or SVC"
@@ -1621,5 +1531,5 @@ class SVDD(_Detector):
         product = self._expand(X, self._coefficients())[:, 0]
         if self.kernel == "precomputed":
             return 2 * product - self._self_similarity + self.intercept_[0]
-        diagonal = Gram(X, self._make_kernel(), cache_size=0, device=self.device, threads=1).diagonal
+        diagonal = kernel_diagonal(X, self._make_kernel())
         return 2 * product - diagonal + self.intercept_[0]

@@ -926,6 +926,38 @@ def test_every_machine_is_usable_after_a_limit(kind):
     assert np.isfinite(values_of(machine, X)).all()
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("seed", range(5))
+def test_nu_svc_stopped_before_it_has_a_margin_keeps_a_model(classes, steps, seed):
+    """Far from optimal, the two offsets may stand the wrong way round."""
+    rng = np.random.default_rng(seed)
+    X, y = rng.normal(size=(90, 2)), np.arange(90) % classes
+    with pytest.warns(ConvergenceWarning, match="NuSVC"):
+        machine = NuSVC(nu=0.5, max_iter=steps, tol=1e-10, gamma=5.0).fit(X, y)
+    assert np.isfinite(machine.decision_function(X)).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the overflow
+def test_values_too_large_for_a_kernel_are_an_error():
+    with pytest.raises(ValueError, match="scale the features"):
+        SVC(kernel="linear").fit(np.array([[1e200], [-1e200], [3e200]]), [0, 1, 1])
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.03, 0.1), (0.1, 0.3), (10.0, 7.0)])
+def test_a_warm_start_keeps_zeros_and_bounds(before, after, monkeypatch):
+    """Whatever the ratio of the bounds: it costs the columns of the last support vectors and no others."""
+    X, y = small(SVC)
+    machine = SVC(C=before, warm_start=True).fit(X, y)
+    support, at_bound = machine.support_, np.abs(machine.dual_coef_[0]) == before
+    first = []
+    original = module.solve_dual
+    monkeypatch.setattr(module, "solve_dual", lambda g, d, x0, **kw: (first.append(x0), original(g, d, x0, **kw))[1])
+    machine.set_params(C=after).fit(X, y)
+    assert np.flatnonzero(first[0]).tolist() == sorted(support.tolist())
+    assert (np.abs(first[0][support[at_bound]]) == after).all()
+
+
 def test_time_limit_of_many_pairs_is_shared():
     X, y = many(300)
     with pytest.warns(ConvergenceWarning, match=r"SVC: \d+ of 45 pairs of classes, the worst of them"):
