@@ -450,7 +450,7 @@ class _SVM(CallbackSupportMixin, BaseEstimator, ABC):
 
     def _decide(self, X: Any) -> Array:
         """K(X, support vectors) times the only row of coefficients, plus the intercept."""
-        return self._expand(self._check_new(X), self._coefficients())[:, 0] + self.intercept_[0]
+        return self._expand(X, self._coefficients())[:, 0] + self.intercept_[0]
 
     @property
     def coef_(self) -> Any:
@@ -707,7 +707,6 @@ class _Classifier(ClassifierMixin, _SVM):
 
     def _decide_pairs(self, X: Any) -> Array:
         """(n, pairs), positive for the first class of the pair; each kernel value is computed once."""
-        X = self._check_new(X)
         k, slices = len(self.classes_), self._blocks()
         column = np.zeros((k, k), np.intp)
         column[np.triu_indices(k, 1)] = np.arange(len(self.intercept_))
@@ -741,7 +740,7 @@ class _Classifier(ClassifierMixin, _SVM):
             decision_function_shape="ovr" (votes plus a term below 1/2 that breaks ties), else one column a pair
             (0, 1), (0, 2), ..., (1, 2), ..., positive for the first class of the pair.
         """
-        check_is_fitted(self)
+        X = self._check_new(X)
         if len(self.classes_) == 2:
             return self._decide(X)
         values = self._decide_pairs(X)
@@ -768,7 +767,7 @@ class _Classifier(ClassifierMixin, _SVM):
         ValueError
             If break_ties=True with decision_function_shape="ovo".
         """
-        check_is_fitted(self)
+        X = self._check_new(X)
         if self.break_ties and self.decision_function_shape == "ovo":
             raise ValueError("break_ties must be False when decision_function_shape is 'ovo'")
         if len(self.classes_) == 2:
@@ -1110,7 +1109,7 @@ class _Regressor(RegressorMixin, _SVM):
         -------
         ndarray of float64, shape (m,)
         """
-        return self._decide(X)
+        return self._decide(self._check_new(X))
 
 
 class SVR(_Regressor):
@@ -1321,7 +1320,7 @@ class _Detector(OutlierMixin, _SVM):
         -------
         ndarray of float64, shape (m,)
         """
-        return self._decide(X)
+        return self._decide(self._check_new(X))
 
     def score_samples(self, X: Any) -> Array:
         """Score that does not depend on where the boundary lies; the larger, the more usual.
