@@ -146,6 +146,8 @@ def draw(results: Results) -> Figure:
         right.plot(n, work * ours[-1] / work[-1], label=label, **style(1))
         right.legend(frameon=False, fontsize=9)
     tidy(right, "rows n", "seconds", f"Random subsets of {SCALED}")
+    right.set_xticks([row["n"] for row in rows], [f"{row['n']:,}" for row in rows])
+    right.minorticks_off()
     return figure
 
 
