@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics.pairwise import pairwise_kernels
 from sklearn.preprocessing import scale
 
+import bcd.dual as dual_module
 import bcd.gram as gram_module
 import bcd.svm as module
 from bcd import Status
@@ -263,7 +264,13 @@ def test_equal_to_scikit_learn_on_real_problems(problem, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("problem", FULL, ids=label)
-def test_equal_to_scikit_learn_on_more_rows(problem, monkeypatch):
+@pytest.mark.parametrize("parts", [False, True])
+def test_equal_to_scikit_learn_on_more_rows(problem, parts, monkeypatch):
+    """Also in parts, with certificates from a sample, as problems of tens of thousands of rows are solved."""
+    if parts:
+        monkeypatch.setattr(dual_module, "PART", 1000)
+        monkeypatch.setattr(dual_module, "FEW", 0)
+        monkeypatch.setattr(gram_module, "_SMALL_NS", -1.0)
     # float32 entries suffice for tol here, so that the reported sums have their rounding
     compare_with_peer(problem, 5000, monkeypatch, tol=1e-4, rounding_of_sums=2e-7)
 
