@@ -253,6 +253,8 @@ class DualResult:
     gap : float
         Frank-Wolfe gap: for a positive semidefinite K, objective - optimum is at most this.
     objective : float
+        With float32 entries (``dtype``) both carry a rounding of a few 1e-7 of the objective where the gradient was
+        made exact only at the rows that decide the violation, or not at all because a limit was met.
     iterations : int
         Pair steps.
     columns : float

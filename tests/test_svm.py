@@ -271,8 +271,9 @@ def test_equal_to_scikit_learn_on_more_rows(problem, parts, monkeypatch):
         monkeypatch.setattr(dual_module, "PART", 1000)
         monkeypatch.setattr(dual_module, "FEW", 0)
         monkeypatch.setattr(gram_module, "_SMALL_NS", -1.0)
-    # float32 entries suffice for tol here, so that the reported sums have their rounding
-    compare_with_peer(problem, 5000, monkeypatch, tol=1e-4, rounding_of_sums=2e-7)
+    # float32 entries suffice for tol here, so that the reported sums have their rounding; in parts it adds up over
+    # products of many steps (largest seen: 3.7e-7 of the objective)
+    compare_with_peer(problem, 5000, monkeypatch, tol=1e-4, rounding_of_sums=5e-7 if parts else 2e-7)
 
 
 @pytest.mark.parametrize(
