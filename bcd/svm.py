@@ -424,7 +424,8 @@ class _SVM(CallbackSupportMixin, BaseEstimator, ABC):
         }
 
     def _check_new(self, X: Any) -> Any:
-        check_is_fitted(self)
+        if "support_" not in self.__dict__:  # quicker than to ask about all attributes
+            check_is_fitted(self)
         if callable(self.kernel):
             return self._check_objects(X, reset=False)
         return _canonical(validate_data(self, X, reset=False, **self._accepted()))
