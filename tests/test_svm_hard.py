@@ -381,9 +381,9 @@ y = np.where(X[:, 0] + rng.normal(size=300) > 0, 1, -1)
 SVC().fit(X[:100], y[:100])  # compiled code is loaded
 pressed = []
 def drowsy(A, B):
-    if len(A) > 1 and not pressed:
+    if len(A) > 64 and not pressed:  # the diagonal is asked for in squares of 64, before the solver runs
         pressed.append(threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start())
-    if len(A) > 1:
+    if len(A) > 64:
         time.sleep(0.5)
     return rbf_kernel(A, B, gamma=0.1)
 machine = SVC(kernel=drowsy, C=1e4, tol=1e-9).fit(X, y)
