@@ -195,6 +195,8 @@ def _variance(X: Any, weight: Array | None) -> float:
     return float(second / total)
 
 
+_FEW = 1 << 14  # values that are checked without scikit-learn's validation
+
 # for each machine what its predictions have made ready; not in the machine, which predictions leave as it is
 _READY: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()
 
@@ -428,7 +430,26 @@ class _SVM(CallbackSupportMixin, BaseEstimator, ABC):
             check_is_fitted(self)
         if callable(self.kernel):
             return self._check_objects(X, reset=False)
+        if self._is_ready(X):
+            return X
         return _canonical(validate_data(self, X, reset=False, **self._accepted()))
+
+    def _is_ready(self, X: Any) -> bool:
+        """Whether validation of so few values would find nothing to do or to say; it takes longer than a decision."""
+        if type(X) is np.ndarray:
+            values, well_formed = X, X.ndim == 2 and X.flags.c_contiguous
+        elif type(X) in (sp.csr_matrix, sp.csr_array) and self.kernel != "precomputed":
+            values, well_formed = X.data, X.ndim == 2 and X.has_canonical_format
+        else:
+            return False
+        return (
+            well_formed
+            and values.dtype in (np.float64, np.float32)
+            and 0 < values.size <= _FEW
+            and X.shape[1] == self.n_features_in_
+            and "feature_names_in_" not in self.__dict__
+            and bool(np.isfinite(values).all())
+        )
 
     def _coefficients(self, block: slice = slice(None)) -> Array:
         """Some columns of dual_coef_, turned: (support vectors, rows of dual_coef_), dense."""

@@ -563,6 +563,45 @@ def test_every_kind_of_sparse_matrix(kind, form):
     assert machine.support_vectors_.dtype == (np.float32 if form == "float32" else np.float64)
 
 
+@pytest.mark.parametrize("container", [np.asarray, sp.csr_array, sp.csr_matrix])
+def test_few_rows_predict_as_many_do(container, monkeypatch):
+    X, y = make_blobs_of_three()
+    machine = SVC().fit(container(X), y)
+    known = machine.decision_function(container(X))
+    checked = []
+    whole = module.validate_data
+    monkeypatch.setattr(module, "validate_data", lambda *a, **k: checked.append(1) or whole(*a, **k))
+    for rows in (X[:1], X[:1].astype(np.float32)):
+        assert machine.decision_function(container(rows))[0] == pytest.approx(known[0], abs=1e-5)
+    assert not checked  # nothing to check that a look did not tell
+    for rows in (np.asfortranarray(X[:2]), X[:2].tolist(), np.ma.array(X[:2]), X[::2][:2]):
+        np.testing.assert_allclose(machine.decision_function(rows)[0], known[0], atol=1e-12)
+    unsorted = sp.csr_array((X[0][::-1], np.arange(X.shape[1])[::-1], [0, X.shape[1]]), shape=(1, X.shape[1]))
+    np.testing.assert_allclose(machine.decision_function(unsorted)[0], known[0], atol=1e-12)
+    assert len(checked) >= 4
+
+
+@pytest.mark.parametrize("container", [np.asarray, sp.csr_array])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_single_bad_row_is_refused(container, bad):
+    X, y = make_blobs_of_three()
+    machine = SVC().fit(X, y)
+    row = X[:1].copy()
+    row[0, 1] = bad
+    with pytest.raises(ValueError, match=r"NaN|infinity"):
+        machine.predict(container(row))
+    for wrong in (X[:1, :1], X[:0], X[0]):
+        with pytest.raises(ValueError, match=r"feature|sample|2D"):
+            machine.predict(wrong)
+
+
+def make_blobs_of_three():
+    """Three classes in two features, 60 rows."""
+    draw = np.random.default_rng(3)
+    y = np.arange(60) % 3
+    return draw.normal(size=(60, 2)) + 3 * np.array([[0, 0], [1, 0], [0, 1]])[y], y
+
+
 def test_dense_and_sparse_may_be_mixed_at_prediction():
     X, y = small(SVC)
     for train, test in ((X, sp.csr_array(X)), (sp.csr_array(X), X)):
