@@ -1,12 +1,12 @@
 # make demo    install and run the main job, with pictures, in demo/index.html
 # make test    lint, types and every test (this is what CI runs)
-# make lint | bench | bench-svm | docs | test-slow | clean
+# make lint | bench | bench-svm | bench-qp | docs | test-slow | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-svm test test-slow lint bench bench-svm docs clean
+.PHONY: demo demo-svm test test-slow lint bench bench-svm bench-qp docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,11 @@ bench: $(VENV)/.bench
 bench-svm: $(VENV)/.bench
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run svm_peers
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run svm_predict
+	$(BIN)/python -m experiments tables
+
+# solve_qp against eight QP solvers, about half an hour
+bench-qp: $(VENV)/.bench
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run qp_peers
 	$(BIN)/python -m experiments tables
 
 clean:

@@ -12,20 +12,24 @@
 
 from bcd.constraints import InfeasibleError, SumBox
 from bcd.minimize import Progress, minimize
-from bcd.objectives import LeastSquares, Logistic, LowRank, Quadratic, Smooth
+from bcd.objectives import LeastSquares, Logistic, LowRank, NonConvexError, Quadratic, Smooth
 from bcd.problem import Problem
+from bcd.projection import project_simplex, project_sum_box
+from bcd.qp import QP, solve_qp
 from bcd.result import Certificate, Result, Status, Trace, certify
 from bcd.selection import RULES, Selection, steepest_l1
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "QP",
     "RULES",
     "Certificate",
     "InfeasibleError",
     "LeastSquares",
     "Logistic",
     "LowRank",
+    "NonConvexError",
     "Problem",
     "Progress",
     "Quadratic",
@@ -38,5 +42,8 @@ __all__ = [
     "__version__",
     "certify",
     "minimize",
+    "project_simplex",
+    "project_sum_box",
+    "solve_qp",
     "steepest_l1",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from bcd import _compiled
+
 
 def check_numeric(name: str, value: Any) -> None:
     """Raise ValueError unless value (an array, a sparse array, nested lists, a number) holds real numbers."""
@@ -47,18 +49,42 @@ def as_vector(name: str, value: Any, n: int) -> np.ndarray:
     return vector
 
 
-def check_symmetric(Q: np.ndarray | sp.csc_array) -> None:
-    """Raise ValueError unless Q is square and symmetric to rounding."""
-    if Q.shape[0] != Q.shape[1]:
-        raise ValueError(f"Q must be square; found shape {Q.shape}")
-    off = abs(Q - Q.T)
-    worst = off.max() if Q.shape[0] else 0.0
-    if worst > 1e-10 * abs(Q).max():
-        i, j = np.unravel_index(int(off.argmax()), Q.shape)
-        raise ValueError(
-            f"Q must be symmetric; Q[{i}, {j}] = {Q[i, j]} but Q[{j}, {i}] = {Q[j, i]}; "
-            "(Q + Q.T) / 2 gives the same function"
-        )
+def as_symmetric(name: str, value: Any) -> np.ndarray | sp.csc_array:
+    """A finite symmetric float64 matrix: dense C-contiguous (not copied if it is that), or CSC."""
+    check_numeric(name, value)
+    if sp.issparse(value):
+        matrix = as_matrix(name, value, "a matrix of shape (n, n)")
+        _check_square(name, matrix)
+        _check_symmetric(name, matrix)
+        return matrix
+    matrix = np.ascontiguousarray(value, dtype=np.float64)
+    _check_square(name, matrix)
+    diagonal = matrix.diagonal()
+    worst, i, j, largest = _compiled.examine(matrix)
+    if np.isnan(worst) or not np.isfinite(diagonal).all():
+        as_matrix(name, matrix, "a matrix of shape (n, n)")  # which says what is not finite
+    if worst > 1e-10 * max(largest, float(np.abs(diagonal).max())):
+        raise ValueError(_asymmetric(name, matrix, i, j))
+    return matrix
+
+
+def _check_square(name: str, matrix: Any) -> None:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or 0 in matrix.shape:
+        raise ValueError(f"{name} must be square, shape (n, n); found shape {matrix.shape}")
+
+
+def _check_symmetric(name: str, matrix: sp.csc_array) -> None:
+    off = abs(matrix - matrix.T)
+    if off.max() > 1e-10 * abs(matrix).max():
+        i, j = np.unravel_index(int(off.argmax()), matrix.shape)
+        raise ValueError(_asymmetric(name, matrix, i, j))
+
+
+def _asymmetric(name: str, matrix: Any, i: Any, j: Any) -> str:
+    return (
+        f"{name} must be symmetric; {name}[{i}, {j}] = {matrix[i, j]} but {name}[{j}, {i}] = {matrix[j, i]}; "
+        f"({name} + {name}.T) / 2 gives the same function"
+    )
 
 
 def not_finite(grad: np.ndarray, what: str = "grad") -> str:

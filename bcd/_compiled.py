@@ -720,8 +720,11 @@ def exact_sum(values):
 
 
 @njit(cache=True)
-def settle(x, rise, fall, lower, upper, where, start, totals):
-    """Take out of the sums what rounding has added, at the coordinates with the most room."""
+def settle(x, rise, fall, lower, upper, where, start, totals, slop):
+    """Take out of the sums what rounding has added, at the coordinates with the most room.
+
+    Where none is inside its bounds, a sum that is off by at most ``slop`` stays: a bound is worth more than that.
+    """
     for s in range(totals.shape[0]):
         member = where[start[s] : start[s + 1]]
         for _ in range(4):  # moving a large coordinate by a tiny amount may round again
@@ -733,7 +736,7 @@ def settle(x, rise, fall, lower, upper, where, start, totals):
                     best, k = room, m
             for m in member:  # no coordinate is inside: take one that can move the right way
                 room = fall[m] if excess > 0 else rise[m]
-                if k < 0 and excess != 0 and room >= abs(excess):
+                if k < 0 and abs(excess) > slop[s] and room >= abs(excess):
                     k = m
             if k < 0:
                 break
@@ -742,6 +745,144 @@ def settle(x, rise, fall, lower, upper, where, start, totals):
             rise[k], fall[k] = upper[k] - x[k], x[k] - lower[k]
             if x[k] == old:
                 break
+
+
+@njit(cache=True, error_model="numpy")
+def _mass(t, point, weight, lower, upper):
+    """Sum and absolute sum of clip(point - t weight), and on both sides of t the slope and the next breakpoint."""
+    total, size, left, right, below, above = 0.0, 0.0, 0.0, 0.0, -np.inf, np.inf
+    for k in range(point.shape[0]):
+        v = min(max(point[k] - t * weight[k], lower[k]), upper[k])
+        total += v
+        size += abs(v)
+        first, last = (point[k] - upper[k]) / weight[k], (point[k] - lower[k]) / weight[k]
+        if first < t <= last:
+            left += weight[k]
+        if first <= t < last:
+            right += weight[k]
+        for b in (first, last):
+            if b < t:
+                below = max(below, b)
+            elif b > t:
+                above = min(above, b)
+    return total, size, left, right, below, above
+
+
+@njit(cache=True, error_model="numpy")
+def price(point, weight, lower, upper, total):
+    """The t with sum(clip(point - t weight, lower, upper)) = total; weight > 0, the bounds allow the total.
+
+    The sum falls in t and is linear between breakpoints: Newton's method inside a bracket, and from breakpoint to
+    breakpoint where the sum is flat. A few passes over the data.
+    """
+    low, high, t = -np.inf, np.inf, 0.0
+    for _ in range(500):
+        now, size, left, right, below, above = _mass(t, point, weight, lower, upper)
+        excess = now - total
+        if abs(excess) <= EPS * size:
+            return t
+        if excess > 0:
+            low, slope, nearest = t, right, above
+        else:
+            high, slope, nearest = t, left, below
+        after = t + excess / slope if slope > 0 else nearest
+        if slope > 0 and (after <= nearest if excess > 0 else after >= nearest):
+            return after
+        if not low < after < high:
+            after = 0.5 * (low + high)
+        if not np.isfinite(after) or after == t:
+            return t
+        t = after
+    return t
+
+
+@njit(cache=True, error_model="numpy")
+def pivot(state, x, grad, y, labels, lower, upper, slack_x, slack_grad):
+    """Change sides where a solution on the free coordinates says so; mutates state, returns how many changed.
+
+    State is -1 at the lower bound, 1 at the upper one, 0 free. A free coordinate outside of its bounds goes to the
+    bound, one at a bound whose gradient plus y pulls inwards becomes free.
+    """
+    changed = 0
+    for k in range(state.shape[0]):
+        if lower[k] == upper[k]:
+            continue
+        if state[k] == 0:
+            if x[k] < lower[k] - slack_x * (1.0 + abs(lower[k])):
+                state[k] = -1
+                changed += 1
+            elif x[k] > upper[k] + slack_x * (1.0 + abs(upper[k])):
+                state[k] = 1
+                changed += 1
+            continue
+        s = labels[k] if labels.shape[0] else 0
+        pull = state[k] * (grad[k] + (y[s] if s >= 0 else 0.0))
+        if pull > slack_grad:
+            state[k] = 0
+            changed += 1
+    return changed
+
+
+@njit(cache=True)
+def examine(Q):
+    """Largest |Q_ij - Q_ji| and where it is, and the largest |Q_ij|, off the diagonal.
+
+    NaN comes first where an entry is not finite. One pass over the matrix, in tiles that the first-level cache holds.
+    """
+    n, tile = Q.shape[0], 32
+    worst, largest, total, bi, bj = 0.0, 0.0, 0.0, 0, 0
+    for a in range(0, n, tile):
+        for b in range(0, a + 1, tile):
+            for i in range(a, min(a + tile, n)):
+                most = 0.0
+                for j in range(b, min(b + tile, i)):
+                    off = abs(Q[i, j] - Q[j, i])
+                    total += off
+                    most = max(most, off)
+                    largest = max(largest, abs(Q[i, j]))
+                if most > worst:
+                    worst, bi = most, i
+    for j in range(n):
+        if worst > 0.0 and abs(Q[bi, j] - Q[j, bi]) == worst:
+            bj = j
+    return worst if np.isfinite(total) else np.nan, bi, bj, largest
+
+
+@njit(cache=True, error_model="numpy")
+def _least_partner(row, i, diagonal, labels):
+    """The least of (Q_ii + Q_jj - 2 Q_ij) / (|Q_ii| + |Q_jj| + |Q_ij|) over j < i of one label, and its j (-1: none)."""
+    least, best = 0.0, -1
+    for j in range(i):
+        if labels.shape[0] == 0 or labels[i] == labels[j]:
+            size = abs(diagonal[i]) + abs(diagonal[j]) + abs(row[j]) + TINY
+            curvature = (diagonal[i] + diagonal[j] - 2.0 * row[j]) / size
+            if curvature < least:
+                least, best = curvature, j
+    return least, best
+
+
+@njit(cache=True)
+def least_pair(Q, diagonal, labels):
+    """The pair e_i - e_j of one label (empty: all are of one) of least relative curvature; that, i and j (-1: none)."""
+    least, bi, bj = 0.0, -1, -1
+    for i in range(Q.shape[0]):
+        low, j = _least_partner(Q[i], i, diagonal, labels)
+        if low < least:
+            least, bi, bj = low, i, j
+    return least, bi, bj
+
+
+@njit(cache=True)
+def gather_upper(Q, index, sums, extra, out):
+    """Upper triangle of Q[index][:, index] into out, with ``extra`` added where two share a sum (a label >= 0)."""
+    for a in range(index.shape[0]):
+        row, to = Q[index[a]], out[a]
+        for b in range(a, index.shape[0]):
+            to[b] = row[index[b]]
+        if sums[a] >= 0:
+            for b in range(a, index.shape[0]):
+                if sums[b] == sums[a]:
+                    to[b] += extra
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1014,3 +1155,278 @@ def drawn_loop(kind, Q, diagonal, grad, x, rise, fall, lower, upper, where, star
             return done, columns, -changed, np.array([i, j])
         columns += (i >= 0) + (j >= 0)
     return steps, columns, RAN, np.array([-1, -1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Projections onto a sum and bounds, row by row: projection.project_simplex, project_sum_box
+# ---------------------------------------------------------------------------------------------
+
+PATIENCE = 3  # passes in which the candidates must halve before a pivot makes them
+BUDGET = 12  # entries looked at, over n, before Michelot's passes count as crawling
+SOLVED = 1e-9  # excess after a Newton step, over that before: what is left is a matter of rounding
+NEAR = 1e-6  # relative excess below which hardly a coordinate changes sides any more: plain Newton steps
+
+
+@njit(cache=True, error_model="numpy")
+def _split(t, low, high, count, index, point, weight, lower, upper):
+    """Look at the candidates at t, and drop those without a breakpoint inside (low, high).
+
+    Returns how many stay; sum and slope at t of all; of those dropped the slope and the sum extended to t = 0, which
+    is their points where they are free. No branches: no predictor could guess.
+    """
+    kept, value, gone, slope, gone_slope = 0, 0.0, 0.0, 0.0, 0.0
+    weighted = weight.shape[0] > 0
+    for c in range(count):
+        k = index[c]
+        p, a, b = point[k], lower[k], upper[k]
+        w = weight[k] if weighted else 1.0
+        first, last = (p - b) / w, (p - a) / w
+        keep = ((first > low) & (first < high)) | ((last > low) & (last < high))
+        x = min(max(p - t * w, a), b)
+        free = (x > a) & (x < b)
+        w = w if free else 0.0
+        index[kept] = k
+        kept += keep
+        value += x
+        gone += 0.0 if keep else p if free else x
+        slope += w
+        gone_slope += 0.0 if keep else w
+    return kept, value, slope, gone, gone_slope
+
+
+@njit(cache=True, error_model="numpy")
+def _pivot_breakpoint(draw, low, high, kept, index, point, weight, lower, upper):
+    """A breakpoint of the candidate that ``draw`` picks, inside (low, high) if it has one there."""
+    k = index[draw % kept]
+    w = weight[k] if weight.shape[0] else 1.0
+    first = (point[k] - upper[k]) / w
+    return first if low < first < high else (point[k] - lower[k]) / w
+
+
+@njit(cache=True)
+def _between(low, high):
+    """A number between two, of which one may be infinite."""
+    if low == -np.inf:
+        return high - (1.0 + abs(high))
+    return low + (1.0 + abs(low)) if high == np.inf else 0.5 * low + 0.5 * high
+
+
+@njit(cache=True, error_model="numpy")
+def multiplier(point, weight, lower, upper, total, index):
+    """A t with sum(clip(point - t weight, lower, upper)) = total, nearly; expected O(n).
+
+    The sum falls in t and is linear between breakpoints. Newton's method inside a bracket, on the candidates alone:
+    the coordinates that have a breakpoint in the bracket. Where three passes do not halve them, the next t is a
+    breakpoint of one of them, drawn. An empty weight means ones; weights are positive, ``index`` (n,) is overwritten.
+    Where no t reaches the total, every coordinate is at the bound nearest to it for the t returned.
+    """
+    low, high, t = -np.inf, np.inf, 0.0
+    settled, settled_slope, before = 0.0, 0.0, 0.0  # the sum of those dropped is settled - t settled_slope
+    count = point.shape[0]
+    goal, missed, draw = count // 2, 0, 1
+    for k in range(count):
+        index[k] = k
+    while True:
+        count, value, slope, gone, gone_slope = _split(t, low, high, count, index, point, weight, lower, upper)
+        slope += settled_slope
+        excess = (settled - t * settled_slope) + value - total
+        settled += gone
+        settled_slope += gone_slope
+        if count == 0 or excess == 0 or (slope > 0 and abs(excess) <= SOLVED * before):
+            break
+        before = abs(excess)
+        low, high = (t, high) if excess > 0 else (low, t)
+        after = t + excess / slope if slope > 0 else t
+        missed = missed + 1 if count > goal else 0
+        goal = goal if missed else count // 2
+        if missed > PATIENCE or not low < after < high:
+            draw = (draw * 1103515245 + 12345) % 2147483648
+            after, missed = _pivot_breakpoint(draw, low, high, count, index, point, weight, lower, upper), 0
+        if not low < after < high:  # of a candidate that the new bracket drops
+            after = _between(low, high)
+            if not low < after < high:  # the ends have met
+                return t
+        t = after
+    if slope > 0:  # the direct formula loses nothing to a t much larger than the answer
+        t = min(max((settled - total) / settled_slope if count == 0 else t + excess / slope, low), high)
+    return t
+
+
+@njit(cache=True)
+def _excess(point, weight, lower, upper, total):
+    """What clip(point, lower, upper) is worth beyond the total, with the rounding errors carried along.
+
+    Returns (excess, sum of magnitudes, slope, whether some coordinate can fall, can rise).
+    """
+    now, error, size, slope = -total, 0.0, abs(total), 0.0
+    falls = rises = False
+    for k in range(point.shape[0]):
+        v = min(max(point[k], lower[k]), upper[k])
+        fall, rise = v > lower[k], v < upper[k]
+        falls, rises = falls | fall, rises | rise
+        slope += (weight[k] if weight.shape[0] else 1.0) if fall & rise else 0.0
+        after = now + v
+        part = after - now
+        error += (now - (after - part)) + (v - part)
+        now = after
+        size += abs(v)
+    return now + error, size, slope, falls, rises
+
+
+@njit(cache=True)
+def _scale(v, weight, lower, upper, point, slope, lo, up):
+    """The variables weight * x, whose plain sum is the weighted one."""
+    for k in range(v.shape[0]):
+        a = weight[k]
+        point[k] = a * np.float64(v[k])
+        slope[k] = a * a
+        b, c = a * lower[k], a * upper[k]
+        lo[k], up[k] = (b, c) if a > 0 else (c, b)
+
+
+@njit(cache=True, error_model="numpy")
+def _unscale(point, weight, lo, up, lower, upper, out):
+    """Back from weight * x; what is at a bound is that bound."""
+    for k in range(point.shape[0]):
+        a = weight[k] if weight.shape[0] else 1.0
+        x = point[k] / a
+        x = (lower[k] if a > 0 else upper[k]) if point[k] <= lo[k] else x
+        x = (upper[k] if a > 0 else lower[k]) if point[k] >= up[k] else x
+        out[k] = min(max(x, lower[k]), upper[k])
+
+
+@njit(cache=True, error_model="numpy")
+def project_row(point, slope, lo, up, total, slop, index):
+    """Subtract a multiplier times slope from the point so that its sum between the bounds is the total.
+
+    What rounding has left of the multiplier is found from the point where it has been subtracted, until the sum is
+    right to rounding: so one much larger than x costs no accuracy. Returns False where the total is out of reach.
+    """
+    t = multiplier(point, slope, lo, up, total, index)
+    for _ in range(8):
+        for k in range(point.shape[0]):
+            point[k] -= t * (slope[k] if slope.shape[0] else 1.0)
+        excess, size, rate, falls, rises = _excess(point, slope, lo, up, total)
+        if abs(excess) <= 2 * EPS * size:
+            return True
+        if abs(excess) <= NEAR * size and rate > 0:
+            t = excess / rate
+        else:
+            t = multiplier(point, slope, lo, up, total, index)
+    return abs(excess) <= slop * size or bool(falls if excess > 0 else rises)
+
+
+@njit(cache=True)
+def project_rows(V, weight, lower, upper, totals, slop, out, scratch, index):
+    """Project every row of V onto sum(weight x) = total, lower <= x <= upper; returns the first infeasible row, or -1.
+
+    lower and upper (float64) have one row for all or one each; an empty weight means ones. ``slop``: the relative
+    miss of a total that passes for rounding. ``scratch`` has a row of n, with weights four; ``index`` n entries.
+    """
+    scaled = weight.shape[0] > 0
+    point = scratch[0]
+    slope, lo, up = (scratch[1], scratch[2], scratch[3]) if scaled else (weight, point, point)
+    for r in range(V.shape[0]):
+        below, above = lower[r if lower.shape[0] > 1 else 0], upper[r if upper.shape[0] > 1 else 0]
+        if scaled:
+            _scale(V[r], weight, below, above, point, slope, lo, up)
+        else:
+            point[:] = V[r]
+            lo, up = below, above
+        if not project_row(point, slope, lo, up, totals[r], slop, index):
+            return r
+        _unscale(point, weight, lo, up, below, above, out[r])
+    return -1
+
+
+@njit(cache=True)
+def _keep_above(source, top, t, work):
+    """The entries of source - top above t go to the front of work (which may be the source, with top = 0).
+
+    Returns how many they are and their sum; four sums at a time, since each waits for the last.
+    """
+    kept, n = 0, source.shape[0]
+    a = b = c = d = 0.0
+    whole = n - n % 4
+    for k in range(0, whole, 4):
+        e, f = np.float64(source[k]) - top, np.float64(source[k + 1]) - top
+        g, h = np.float64(source[k + 2]) - top, np.float64(source[k + 3]) - top
+        work[kept] = e
+        kept += e > t
+        work[kept] = f
+        kept += f > t
+        work[kept] = g
+        kept += g > t
+        work[kept] = h
+        kept += h > t
+        a += e if e > t else 0.0
+        b += f if f > t else 0.0
+        c += g if g > t else 0.0
+        d += h if h > t else 0.0
+    for k in range(whole, n):
+        e = np.float64(source[k]) - top
+        work[kept] = e
+        kept += e > t
+        a += e if e > t else 0.0
+    return kept, (a + b) + (c + d)
+
+
+@njit(cache=True)
+def _simplex_threshold(v, top, total, work):
+    """The t with sum(max(v - top - t, 0)) = total > 0, where top is the largest entry.
+
+    Michelot's passes, which come from below; pivots where these crawl. Returns (t, what rounding has left of it):
+    x = ((v - top) - t) - rest.
+    """
+    kept, mass = _keep_above(v, top, -total, work)
+    budget = BUDGET * v.shape[0]
+    while True:
+        count, t = kept, (mass - total) / kept
+        kept, mass = _keep_above(work[:count], 0.0, t, work)
+        budget -= count
+        if kept == count:
+            break
+        if budget < 0:
+            none = np.full(kept, np.inf)
+            t = multiplier(work[:kept], work[:0], np.zeros(kept), none, total, np.empty(kept, np.int64))
+            kept, _ = _keep_above(work[:kept], 0.0, t, work)
+            break
+    rest, error = -total, 0.0
+    for c in range(kept):
+        x = work[c] - t
+        after = rest + x
+        part = after - rest
+        error += (rest - (after - part)) + (x - part)
+        rest = after
+    return t, (rest + error) / kept
+
+
+@njit(cache=True)
+def _largest(v):
+    """Four maxima at a time, since each waits for the last."""
+    a = b = c = d = v[0]
+    whole = v.shape[0] - v.shape[0] % 4
+    for k in range(0, whole, 4):
+        a = v[k] if v[k] > a else a
+        b = v[k + 1] if v[k + 1] > b else b
+        c = v[k + 2] if v[k + 2] > c else c
+        d = v[k + 3] if v[k + 3] > d else d
+    for k in range(whole, v.shape[0]):
+        a = v[k] if v[k] > a else a
+    return max(max(a, b), max(c, d))
+
+
+@njit(cache=True)
+def simplex_rows(V, totals, out, work):
+    """Project every row of V onto x >= 0, sum(x) = total, exactly and in expected O(n).
+
+    Entries are taken relative to the largest one: only those above it minus the total can be positive, and what
+    rounding does is then relative to x. ``work`` has n entries.
+    """
+    for r in range(V.shape[0]):
+        v, total = V[r], totals[r]
+        top = np.float64(_largest(v))
+        t, rest = _simplex_threshold(v, top, total, work) if total > 0 else (0.0, 0.0)
+        for k in range(V.shape[1]):
+            x = ((np.float64(v[k]) - top) - t) - rest
+            out[r, k] = x if x > 0 else 0.0

@@ -71,7 +71,7 @@ class SumBox:
             raise InfeasibleError(f"lower must not exceed upper; lower[{k}] = {lower[k]} and upper[{k}] = {upper[k]}")
         if (lower == np.inf).any() or (upper == -np.inf).any():
             raise InfeasibleError("lower must not be +inf, nor upper -inf")
-        return _with_slacks(lower, upper, *_sums(self.total, self.groups, n))
+        return _with_slacks(lower, upper, *parse_sums(self.total, self.groups, n))
 
 
 def _bound(name: str, value: Any, n: int, absent: float) -> np.ndarray:
@@ -106,7 +106,7 @@ def _range(value: Any, name: str) -> tuple[float, float]:
     return lo, hi
 
 
-def _sums(total: Any, groups: Any, n: int) -> tuple[np.ndarray, list[tuple[float, float]], np.ndarray]:
+def parse_sums(total: Any, groups: Any, n: int) -> tuple[np.ndarray, list[tuple[float, float]], np.ndarray]:
     """Labels (negative: no sum), the range of every sum, and which sum each total as given has become (or -1).
 
     A group whose total is open on both sides is no sum.
@@ -216,6 +216,11 @@ class FeasibleSet:
         ends = np.abs(np.concatenate([self.lower[member], self.upper[member], [self.totals[s]]]))
         return 4 * _compiled.EPS * float(ends[np.isfinite(ends)].sum())
 
+    @cached_property
+    def slop(self) -> np.ndarray:
+        """:meth:`rounding` of every sum."""
+        return np.array([self.rounding(s) for s in range(len(self.totals))])
+
     def lift(self, x: np.ndarray) -> np.ndarray:
         """Append the slacks that fit x, within their bounds."""
         out = np.concatenate([x, np.zeros(len(self.lower) - self.n)])
@@ -235,11 +240,7 @@ class FeasibleSet:
         return out
 
     def project(self, point: Any) -> np.ndarray:
-        """The closest feasible point to ``point`` (shape (n,)) in the Euclidean norm, exactly.
-
-        O(n log n): the breakpoints of the multiplier are sorted, the piece that meets the total is found
-        by bisection over them, and solved.
-        """
+        """The closest feasible point to ``point`` (shape (n,)) in the Euclidean norm, exactly, in a few passes."""
         x = np.clip(np.asarray(point, dtype=np.float64), self.lower[: self.n], self.upper[: self.n])
         for s, (lo, hi) in enumerate(self.ranges):
             member = self.members(s)
@@ -247,39 +248,15 @@ class FeasibleSet:
             now = _compiled.exact_sum(x[member])
             if not lo <= now <= hi:
                 target = np.asarray(point, dtype=np.float64)[member]
-                x[member] = _project_sum(target, self.lower[member], self.upper[member], hi if now > hi else lo)
+                x[member] = project_sum(target, self.lower[member], self.upper[member], hi if now > hi else lo)
         return x
 
 
-def _project_sum(z: np.ndarray, lower: np.ndarray, upper: np.ndarray, total: float) -> np.ndarray:
+def project_sum(z: np.ndarray, lower: np.ndarray, upper: np.ndarray, total: float) -> np.ndarray:
     """Argmin |x - z| subject to sum(x) = total, lower <= x <= upper: x = clip(z - t, lower, upper)."""
-    breaks = np.concatenate([z - lower, z - upper])
-    breaks = np.sort(breaks[np.isfinite(breaks)])
-    a, b = 0, len(breaks)  # the sum at breaks[k] is at least total for k < a, below it for k >= b
-    while a < b:
-        k = (a + b) // 2
-        if _compiled.exact_sum(np.clip(z - breaks[k], lower, upper)) >= total:
-            a = k + 1
-        else:
-            b = k
-    inside = _midpoint(breaks, a)
-    free = (z - inside > lower) & (z - inside < upper)
-    x = np.clip(z - inside, lower, upper)
-    if free.any():
-        t = (_compiled.exact_sum(z[free]) + _compiled.exact_sum(x[~free]) - total) / free.sum()
-        x = np.where(free, np.clip(z - t, lower, upper), x)
-    return x
-
-
-def _midpoint(breaks: np.ndarray, a: int) -> float:
-    """A multiplier strictly inside piece number a of the sorted breakpoints."""
-    if len(breaks) == 0:
-        return 0.0
-    if a == 0:
-        return float(breaks[0] - 1.0 - abs(breaks[0]))
-    if a == len(breaks):
-        return float(breaks[-1] + 1.0 + abs(breaks[-1]))
-    return float(0.5 * breaks[a - 1] + 0.5 * breaks[a])
+    x = z.copy()
+    _compiled.project_row(x, np.empty(0), lower, upper, total, 1e-15, np.empty(len(z), np.int64))
+    return np.clip(x, lower, upper)
 
 
 class Moves:
@@ -331,8 +308,9 @@ class Moves:
     def settle(self) -> None:
         """Take out of the sums what rounding has added."""
         _compiled.settle(
-            self.x, self.rise, self.fall, self.lower, self.upper, self.where, self.start, self.feasible.totals
-        )
+            self.x, self.rise, self.fall, self.lower, self.upper, self.where, self.start,
+            self.feasible.totals, self.feasible.slop,
+        )  # fmt: skip
 
     def gap(self, grad: np.ndarray) -> float:
         """Frank-Wolfe gap ``max over feasible v of <g, x - v>`` (inf when unbounded), O(n log n)."""

@@ -20,9 +20,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.sparse.linalg import LinearOperator
 
 from bcd import _compiled
-from bcd._check import as_matrix, as_vector, check_symmetric, concave_message
+from bcd._check import as_matrix, as_symmetric, as_vector, concave_message
 
 __all__ = ["GradientState", "Hessian", "LeastSquares", "Logistic", "LowRank", "Objective", "Quadratic", "Smooth"]
 
@@ -98,6 +99,27 @@ class Objective(Protocol):
 # -- Hessians -----------------------------------------------------------------------------------
 
 
+class NonConvexError(ValueError):
+    """P has negative curvature along a feasible direction.
+
+    Attributes
+    ----------
+    direction : ndarray, shape (n,)
+        d of unit length with ``d'Pd < 0`` that keeps the sums.
+    curvature : float
+        ``d'Pd``.
+    """
+
+    def __init__(self, direction: Array, curvature: float):
+        self.direction, self.curvature = direction, curvature
+        k = np.flatnonzero(direction)
+        where = {1: "e_{}", 2: "e_{} - e_{} (unit length)"}.get(len(k), "NonConvexError.direction").format(*k[:2])
+        super().__init__(
+            f"P must be positive semidefinite on the feasible directions; along {where} the curvature is "
+            f"{curvature:.6g}. Such a problem may have many local minima, and none could be certified"
+        )
+
+
 class DenseHessian:
     """An explicit matrix, shape (n, n), C-contiguous float64; shared, not copied."""
 
@@ -115,8 +137,13 @@ class DenseHessian:
         return self.matrix[np.ix_(index, index)]
 
     def product(self, x: Array) -> Array:
-        """H x."""
-        return self.matrix @ x
+        """H x, from the columns of the entries that are not 0."""
+        used = np.flatnonzero(x)
+        if 2 * len(used) > self.n:
+            return self.matrix @ x
+        out = np.zeros(self.n)
+        self.add_columns(out, used, x[used])
+        return out
 
     def add_columns(self, grad: Array, index: Array, step: Array) -> None:
         """``grad += H[:, index] step``."""
@@ -190,10 +217,12 @@ class LowRank:
         self.diagonal = self._square_norms() + self.shift
 
     def _square_norms(self) -> Array:
-        squares = self.factors * self.factors
-        return np.asarray(squares.sum(axis=1)).ravel()
+        if sp.issparse(self.factors):
+            return np.asarray((self.factors * self.factors).sum(axis=1)).ravel()
+        return np.einsum("ij,ij->i", self.factors, self.factors)
 
     def _rows(self, index: Array) -> Array:
+        """A dense copy of some rows of F."""
         rows = self.factors[index]
         return rows.toarray() if sp.issparse(rows) else rows
 
@@ -214,7 +243,12 @@ class LowRank:
 
     def add_columns(self, grad: Array, index: Array, step: Array) -> None:
         """``grad += H[:, index] step``: one product with F whatever the number of columns."""
-        grad += self.factors @ (step @ self._rows(index))
+        if 4 * len(index) > self.n:  # a copy of the rows would cost more than the others do
+            x = np.zeros(self.n)
+            x[index] = step
+            grad += self.factors @ (self.factors.T @ x)
+        else:
+            grad += self.factors @ (step @ self._rows(index))
         grad[index] += self.shift[index] * step
 
     def lipschitz(self, labels: Array) -> float:
@@ -227,6 +261,48 @@ class LowRank:
         near = np.sort(radius)[-2:].sum() ** 2 + np.sort(self.shift)[-2:].sum()
         bound = 0.25 * float(near)
         return max(bound, float(self.diagonal.max())) if (labels < 0).any() else bound
+
+
+class OperatorHessian:
+    """A symmetric matrix known by its products with vectors only; ``diagonal`` is their common estimate."""
+
+    PROBES = 8
+
+    def __init__(self, operator: LinearOperator):
+        self.operator = operator
+        self.n = operator.shape[0]
+        draw = np.random.default_rng(0)
+        signs = np.where(draw.random((self.PROBES, self.n)) < 0.5, -1.0, 1.0)
+        products = np.array([self.product(v) for v in signs])
+        if not np.isfinite(products).all():
+            raise ValueError("P @ v must be finite for finite v; found NaN or an infinity")
+        cross = signs @ products.T
+        if np.abs(cross - cross.T).max() > 1e-8 * np.abs(cross).max():
+            raise ValueError("the operator must be symmetric; found u'(P v) != v'(P u) for vectors of signs")
+        self.diagonal = np.full(self.n, float(np.trace(cross)) / (self.PROBES * self.n))
+        self.size = float(np.abs(products).max())  # rounding of a product is relative to this
+
+    def product(self, x: Array) -> Array:
+        """H x."""
+        return np.asarray(self.operator.matvec(x), np.float64).ravel()
+
+    def add_columns(self, grad: Array, index: Array, step: Array) -> None:
+        """``grad += H[:, index] step``: one product."""
+        x = np.zeros(self.n)
+        x[index] = step
+        grad += self.product(x)
+
+
+def as_hessian(name: str, Q: Any) -> Any:
+    """The matrix as a Hessian; what is one already stays as it is."""
+    if isinstance(Q, LowRank | DenseHessian | SparseHessian | OperatorHessian):
+        return Q
+    if isinstance(Q, LinearOperator):
+        if Q.shape[0] != Q.shape[1]:
+            raise ValueError(f"{name} must be square, shape (n, n); found shape {Q.shape}")
+        return OperatorHessian(Q)
+    matrix = as_symmetric(name, Q)
+    return SparseHessian(matrix) if sp.issparse(matrix) else DenseHessian(matrix)
 
 
 # -- quadratics ---------------------------------------------------------------------------------
@@ -257,12 +333,7 @@ class Quadratic:
     exact = True
 
     def __init__(self, Q: Any, c: Any = 0.0):
-        if isinstance(Q, LowRank):
-            self.hessian: Any = Q
-        else:
-            matrix = as_matrix("Q", Q, "a matrix of shape (n, n)")
-            check_symmetric(matrix)
-            self.hessian = SparseHessian(matrix) if sp.issparse(matrix) else DenseHessian(matrix)
+        self.hessian: Any = as_hessian("Q", Q)
         self.n = self.hessian.n
         self.c = as_vector("c", c, self.n)
 

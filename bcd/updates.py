@@ -219,7 +219,8 @@ class SolveBlock:
         lower, upper = moves.lower[index], moves.upper[index]
         labels = moves.labels[index] if len(moves.labels) else moves.labels
         grad, diagonal = at.grad[index], Q.diagonal().copy()
-        tol = self.accuracy * _compiled.violation(grad, rise, fall, labels, moves.groups)
+        least = 4 * _compiled.EPS * float(np.abs(grad).max(initial=0.0))  # below it gradients are rounding
+        tol = max(least, self.accuracy * _compiled.violation(grad, rise, fall, labels, moves.groups))
         _compiled.shift(x, rise, fall, lower, upper, np.arange(len(index)), start)
         grad = grad + Q @ start
         if len(labels) == 0:
