@@ -850,7 +850,7 @@ def examine(Q):
 
 @njit(cache=True, error_model="numpy")
 def _least_partner(row, i, diagonal, labels):
-    """The least of (Q_ii + Q_jj - 2 Q_ij) / (|Q_ii| + |Q_jj| + |Q_ij|) over j < i of one label, and its j (-1: none)."""
+    """The least of (Q_ii + Q_jj - 2 Q_ij) / (|Q_ii| + |Q_jj| + |Q_ij|) over j < i of one label, and j (-1: none)."""
     least, best = 0.0, -1
     for j in range(i):
         if labels.shape[0] == 0 or labels[i] == labels[j]:

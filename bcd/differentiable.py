@@ -29,11 +29,13 @@ from bcd._check import group_labels
 from bcd.faces import make_face
 from bcd.objectives import Hessian, LowRank
 from bcd.qp import QP
-from bcd.result import Status
+from bcd.result import Result, Status
 
 __all__ = ["solve"]
 
 Array = np.ndarray
+LOOSE = 100  # times the tolerance, or TIGHTEST: up to there a point that rounding stopped serves
+TIGHTEST = 1e-12
 ACCURATE = 1e-8  # relative residual of (1) up to which a factorisation serves; those of singular matrices miss it
 
 
@@ -63,7 +65,8 @@ def solve(
     groups : array of int, shape (n,), optional
         The sum each coordinate is in; negative: in none.
     tol : float
-        As for :func:`bcd.solve_qp`. Where rounding stops the solver before it, its point is used as it is.
+        As for :func:`bcd.solve_qp`. Where rounding stops the solver before it, a violation of 100 times as much is
+        accepted, and one of 1e-10 in any case.
 
     Returns
     -------
@@ -73,7 +76,8 @@ def solve(
     Raises
     ------
     ValueError
-        As for :func:`bcd.solve_qp`, and if a problem has no solution because it falls without end.
+        As for :func:`bcd.solve_qp`, if a problem has no solution because it falls without end, and if rounding stops
+        the solver far from the tolerance.
 
     Notes
     -----
@@ -174,10 +178,21 @@ def _points(
             raise KeyboardInterrupt
         if result.status not in (Status.CONVERGED, Status.STAGNATED):
             raise ValueError(f"problem {k} of the batch has no solution: {result.status.value}")
+        if not result.status.ok:
+            _check_accuracy(k, result, qp.quadratic.hessian.product(result.x) + q, tol)
         x[k], y[k] = result.x, result.total_multipliers
         at_upper = (result.x == b) & ((a < b) | (result.bound_multipliers > 0))  # of equal bounds the one that holds
         side[k] = np.where(at_upper, 1, np.where(result.x == a, -1, 0))
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(side)
+
+
+def _check_accuracy(k: int, result: Result, gradient: Array, tol: float) -> None:
+    reached = result.violation / max(1.0, float(np.abs(gradient).max()))
+    if reached > LOOSE * max(tol, TIGHTEST):
+        raise ValueError(
+            f"problem {k} of the batch: rounding stopped the solver at a violation of {reached:.3g} relative to the "
+            f"gradient, where tol asks for {tol:g}; use a larger tol or scale the problem"
+        )
 
 
 class _System:

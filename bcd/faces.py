@@ -7,7 +7,7 @@
     dense     Cholesky; after few changes of F the old factor, bordered (Schur complement)
     low rank  Woodbury: a k x k Cholesky factor of I + F'D^-1 F; dense where F has fewer rows than factors
     sparse    SuperLU (scipy)
-    operator  conjugate gradients on the directions that keep the sums
+    operator  conjugate gradients on the directions that keep the sums; dense where they fail and that is affordable
 
 A ridge of rounding's size keeps what is singular solvable: its solutions are then long steps, which end at bounds or
 belong to an unbounded problem. Negative curvature beyond rounding raises :class:`NonConvexError`.
@@ -16,6 +16,7 @@ belong to an unbounded problem. Negative curvature beyond rounding raises :class
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from scipy.linalg import blas, lapack
 from scipy.sparse.linalg import splu
 
 from bcd import _compiled
+from bcd.gram import single_threaded_blas
 from bcd.objectives import DenseHessian, LowRank, NonConvexError, OperatorHessian, SparseHessian
 
 __all__ = ["Face", "make_face"]
@@ -36,7 +38,15 @@ BORDER = 6  # a factor serves while the changes are fewer than its size over thi
 CONCAVE = 1e-10  # negative curvature, relative to the size of the matrix, that passes for rounding
 FLAT_D = 1e-10  # entries of D below this share of the diagonal are as good as 0
 CANCELS = 1e-4  # D below this share of the diagonal costs Woodbury's formula more than four digits
+COARSE = 1e-4  # damping, relative to the diagonal, from which float32 serves
+PARALLEL = 1e8  # operations of BLAS below which one thread is enough
+MOST_FORMED = 2000  # coordinates of an operator whose matrix is formed where conjugate gradients do not converge
 MOST_DENSE = 6000  # coordinates of a face that a low-rank matrix with zeros in D is formed for
+
+
+def one_thread_below(flops: float) -> Any:
+    """A context in which BLAS has one thread, where waking a second one does not pay."""
+    return single_threaded_blas if flops < PARALLEL else nullcontext()
 
 
 class Face(Protocol):
@@ -47,6 +57,9 @@ class Face(Protocol):
 
         sums: the sum 0 .. m - 1 that a free coordinate belongs to, -1: none. Sums without free coordinates have y = 0.
         """
+
+    def flops(self, f: int) -> float:
+        """Operations of BLAS in a solve with f free coordinates, roughly."""
 
 
 class _Definite:
@@ -62,14 +75,19 @@ class _Definite:
         """Y with ``(P_FF + weight EE' + diag(damping)) Y = H``, shapes (f, r); None where that is not definite."""
         raise NotImplementedError
 
+    def flops(self, f: int) -> float:
+        """See :class:`Face`."""
+        raise NotImplementedError
+
     def kkt(self, F: Array, h: Array, sums: Array, off: Array, damping: Array | None) -> tuple[Array, Array]:
         """See :class:`Face`."""
         y = np.zeros(len(off))
         taken = np.flatnonzero(np.bincount(sums + 1, minlength=len(off) + 1)[1:])
         if len(F) * len(taken) > MOST_ENTRIES:
-            return _conjugate(self.hessian, F, h, sums, off, damping)
+            return _conjugate(self.hessian, F, h, sums, off, damping)[:2]
         E = (sums[:, None] == taken).astype(np.float64)
-        Y = self.solve(F, np.column_stack([h, E]), sums, damping)
+        with one_thread_below(self.flops(len(F))):
+            Y = self.solve(F, np.column_stack([h, E]), sums, damping)
         if Y is None:
             d, y[taken] = _reduced(self.hessian, F, h, E, off[taken], damping)
             return d, y
@@ -98,7 +116,8 @@ def _reduced(hessian: Any, F: Array, h: Array, E: Array, off: Array, damping: Ar
     """
     if len(F) > MOST_DENSE:
         raise ValueError(f"P is not positive definite on {len(F)} free coordinates; up to {MOST_DENSE} can be examined")
-    K = hessian.block(F) + np.diag(np.zeros(len(F)) if damping is None else damping)
+    P = hessian.block(F)
+    K = P if damping is None else P + np.diag(damping)
     anchors = E.argmax(axis=0)
     rest = np.setdiff1d(np.arange(len(F)), anchors)
     Z = np.zeros((len(F), len(rest)))
@@ -111,7 +130,7 @@ def _reduced(hessian: Any, F: Array, h: Array, E: Array, off: Array, damping: Ar
         d /= np.linalg.norm(d)
         direction = np.zeros(hessian.n)
         direction[F] = d
-        raise NonConvexError(direction, float(d @ K @ d))
+        raise NonConvexError(direction, float(d @ P @ d))
     d = np.zeros(len(F))
     d[anchors] = off
     pull = vectors.T @ (Z.T @ (h - K @ d))
@@ -139,8 +158,9 @@ class DenseFace(_Definite):
 
     def solve(self, F: Array, H: Array, sums: Array, damping: Array | None) -> Array | None:
         """See :class:`_Definite`."""
-        if damping is not None:
-            return _solve_dense(self._upper(F, sums), H, damping)
+        if damping is not None:  # such steps only lead the way, and float32 is enough for well conditioned ones
+            coarse = bool((damping >= COARSE * self.hessian.diagonal[F]).all())
+            return _solve_dense(self._upper(F, sums, np.float32 if coarse else np.float64), H, damping)
         known = self.place[F]
         stays = np.zeros(len(self.base), bool)
         stays[known[known >= 0]] = True
@@ -153,9 +173,13 @@ class DenseFace(_Definite):
             return lapack.dpotrs(self.lower, H[np.argsort(known)], lower=1)[0][known]
         return self._bordered(F, H, sums, known, np.flatnonzero(~stays))
 
-    def _upper(self, F: Array, sums: Array) -> Array:
+    def flops(self, f: int) -> float:
+        """Of the Cholesky factor."""
+        return f**3 / 3
+
+    def _upper(self, F: Array, sums: Array, dtype: Any = np.float64) -> Array:
         """P_FF + weight EE' in its upper triangle."""
-        K = np.empty((len(F), len(F)))
+        K = np.empty((len(F), len(F)), dtype)
         _compiled.gather_upper(self.P, F, sums, self.weight, K)
         return K
 
@@ -206,13 +230,18 @@ def _ridge(diagonal: Array) -> Array:
 def _cholesky(K: Array, damping: Array | None) -> Any:
     """L with ``LL' = K + diag(damping) + ridge``, K given by its upper triangle and overwritten; None: not definite."""
     K.flat[:: len(K) + 1] += _ridge(K.diagonal()) + (0.0 if damping is None else damping)
-    lower, fault = lapack.dpotrf(K.T, lower=1, clean=0, overwrite_a=1)
+    factor = lapack.spotrf if K.dtype == np.float32 else lapack.dpotrf
+    lower, fault = factor(K.T, lower=1, clean=0, overwrite_a=1)
     return None if fault else lower
 
 
 def _solve_dense(K: Array, H: Array, damping: Array | None) -> Array | None:
+    """``(K + diag(damping)) Y = H`` in the precision of K, by its upper triangle, which is overwritten."""
     lower = _cholesky(K, damping)
-    return None if lower is None else lapack.dpotrs(lower, H, lower=1)[0]
+    if lower is None:
+        return None
+    solve = lapack.spotrs if K.dtype == np.float32 else lapack.dpotrs
+    return solve(lower, H, lower=1)[0].astype(np.float64, copy=False)
 
 
 def _positive(factor: Array, pivots: Array) -> int:
@@ -237,6 +266,10 @@ class LowRankFace(_Definite):
             joint = H[:, 1:] @ (H[:, 1:].T @ Y)
             Y += again(H - D[:, None] * Y - rows @ (rows.T @ Y) - self.weight * joint)
         return Y
+
+    def flops(self, f: int) -> float:
+        """Of the core matrix."""
+        return float(f * self.hessian.factors.shape[1] ** 2)
 
     def _woodbury(self, F: Array, D: Array, H: Array) -> tuple[Array, Callable[[Array], Array]]:
         """``(F F' + weight EE' + diag(D))^-1 H``, E = H[:, 1:], and the function that solves for other H."""
@@ -279,15 +312,19 @@ class SparseFace:
         K = K + sp.diags_array(_ridge(K.diagonal()) + (0.0 if damping is None else damping))
         if damping is None and not self._definite(F, K):
             if f > MOST_DENSE:
-                return _conjugate(self.hessian, F, h, sums, off, damping)
+                return _conjugate(self.hessian, F, h, sums, off, damping)[:2]
             d, y[taken] = _reduced(self.hessian, F, h, E.toarray(), off[taken], damping)
             return d, y
         factor = _superlu(sp.block_array([[K, E], [E.T, None]]) if len(taken) else K)
         if factor is None:  # singular
-            return _conjugate(self.hessian, F, h, sums, off, damping)
+            return _conjugate(self.hessian, F, h, sums, off, damping)[:2]
         solution = factor.solve(np.concatenate([h, off[taken]]))
         d, y[taken] = solution[:f], solution[f:]
         return d, y
+
+    def flops(self, f: int) -> float:
+        """SuperLU has its own loops."""
+        return 0.0
 
     def _definite(self, F: Array, K: Any) -> bool:
         """Whether K has positive pivots; principal submatrices of what had them need no look."""
@@ -312,18 +349,31 @@ def _superlu(matrix: Any, **options: Any) -> Any:
 
 
 class OperatorFace:
-    """Products only."""
+    """Products only; where conjugate gradients need more of them than there are columns, the matrix that these make."""
 
     def __init__(self, hessian: OperatorHessian):
         self.hessian = hessian
+        self.dense: DenseFace | None = None
+
+    def flops(self, f: int) -> float:
+        """Threads are the operator's own affair."""
+        return np.inf
 
     def kkt(self, F: Array, h: Array, sums: Array, off: Array, damping: Array | None) -> tuple[Array, Array]:
         """See :class:`Face`."""
-        return _conjugate(self.hessian, F, h, sums, off, damping)
+        if self.dense is None:
+            d, y, enough = _conjugate(self.hessian, F, h, sums, off, damping)
+            if enough or self.hessian.n > MOST_FORMED:
+                return d, y
+            columns = self.hessian.operator.matmat(np.eye(self.hessian.n))
+            self.dense = DenseFace(DenseHessian(0.5 * (columns + columns.T)))
+        return self.dense.kkt(F, h, sums, off, damping)
 
 
-def _conjugate(hessian: Any, F: Array, h: Array, sums: Array, off: Array, damping: Array | None) -> tuple[Array, Array]:
-    """Conjugate gradients on the directions that keep the sums."""
+def _conjugate(
+    hessian: Any, F: Array, h: Array, sums: Array, off: Array, damping: Array | None
+) -> tuple[Array, Array, bool]:
+    """Conjugate gradients on the directions that keep the sums; whether they were enough comes last."""
     count = np.maximum(np.bincount(sums + 1, minlength=len(off) + 1)[1:], 1)
     size = getattr(hessian, "size", float(np.abs(hessian.diagonal).max(initial=0.0)))
     ridge = float(_ridge(hessian.diagonal[F]).max())
@@ -345,21 +395,29 @@ def _conjugate(hessian: Any, F: Array, h: Array, sums: Array, off: Array, dampin
     r -= spread(mean(r))
     p, square = r, float(r @ r)
     enough = max(CG_ACCURACY**2 * square, len(F) * (4 * EPS * float(np.abs(h).max(initial=0.0))) ** 2)
-    for _ in range(4 * len(F) + 50):
+    for _ in range((1 if hessian.n <= MOST_FORMED else 4) * len(F) + 50):
         if square <= enough:
             break
         Kp = product(p)
         curvature = float(p @ Kp)
         if curvature < -CONCAVE * size * float(p @ p):
-            direction = np.zeros(hessian.n)
-            direction[F] = p / np.linalg.norm(p)
-            raise NonConvexError(direction, curvature / float(p @ p))
+            _refuse_concave(hessian, F, p - spread(mean(p)), CONCAVE * size)
         step = square / max(curvature, ridge * float(p @ p))
         d = d + step * p
-        r = r - step * (Kp - spread(mean(Kp)))
+        r = r - step * Kp
+        r -= spread(mean(r))  # each time: what rounding adds to the sums would stay while r gets small
         square, before = float(r @ r), square
         p = r + (square / before) * p
-    return d, mean(h - product(d))
+    return d, mean(h - product(d)), square <= enough
+
+
+def _refuse_concave(hessian: Any, F: Array, p: Array, allowed: float) -> None:
+    """NonConvexError if the curvature of P along p, computed anew, is below what rounding explains."""
+    direction = np.zeros(hessian.n)
+    direction[F] = p / np.linalg.norm(p)
+    curvature = float(direction @ hessian.product(direction))
+    if curvature < -allowed:
+        raise NonConvexError(direction, curvature)
 
 
 def make_face(hessian: Any) -> Face:

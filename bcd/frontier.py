@@ -19,6 +19,7 @@ import numpy as np
 
 from bcd._check import as_vector, check_numeric
 from bcd.constraints import SumBox
+from bcd.gram import Gram
 from bcd.qp import QP
 from bcd.result import Result, Status
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Frontier", "frontier"]
 
 Array = np.ndarray
+LOOSE = 100  # times the tolerance: where rounding stops the solver later than that, the point is no point of the curve
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +53,10 @@ class Frontier:
         The solutions with their certificates, each of the problem divided by gamma.
     status : Status
         CONVERGED if every point was solved to its tolerance; else what ended the run, or STAGNATED where rounding
-        did not allow the tolerance at some point.
+        did not allow the tolerance at some point. Such points are kept up to 100 times the tolerance (each result
+        has its status); one with a larger violation ends the run.
     unfinished : Result or None
-        The point at which the run ended, if it ended inside of one (status UNBOUNDED: with its ray).
+        The point at which the run ended, if it ended inside of one or stagnated there (status UNBOUNDED: with its ray).
     seconds : float
         Wall-clock time in all.
     """
@@ -83,7 +86,7 @@ class Frontier:
         Raises
         ------
         ValueError
-            If there is no point to draw.
+            If there is no point to draw, or names are not one an asset.
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -92,11 +95,15 @@ class Frontier:
             raise ValueError("this frontier has no points to draw: the run ended before the first was solved")
         if not 1 <= largest <= 9:
             raise ValueError(f"largest must be between 1 and 9; found {largest}")
+        n = self.weights.shape[1]
+        names = [f"asset {k}" for k in range(n)] if names is None else names
+        if len(names) != n:
+            raise ValueError(f"names must be one an asset, {n} in all; found {len(names)}")
         figure = Figure(figsize=(10.4, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         curve, composition = figure.subplots(1, 2)
         _draw_curve(curve, self)
-        _draw_composition(composition, self, names or [f"asset {k}" for k in range(self.weights.shape[1])], largest)
+        _draw_composition(composition, self, names, largest)
         if path is not None:
             figure.savefig(path, dpi=144)
         return figure
@@ -121,15 +128,15 @@ def frontier(
     ----------
     mu : array of float, shape (n,)
         Expected returns.
-    risk_model : array, scipy sparse array, LowRank, or what else :func:`bcd.solve_qp` takes; shape (n, n)
-        Covariance P of the returns.
+    risk_model : array, scipy sparse array, LowRank or LinearOperator; shape (n, n)
+        Covariance P of the returns, as for :func:`bcd.solve_qp`, but no Gram.
     gammas : array of float, shape (m,)
         Aversions to risk, positive, in any order; inf: minimum variance.
     total, lower, upper, groups
         Constraints of every portfolio, as for :func:`bcd.solve_qp`. Default: long only, fully invested.
     tol : float
-        The violation to reach, relative to the largest entry of the gradient of ``1/2 w'Pw - mu'w/gamma`` at the
-        start (and to 1 at most), so that daily and yearly covariances are solved alike.
+        The violation to reach, relative to the largest entry of ``|Pw| + |mu|/gamma`` (and to 1 at most) at the
+        start, the point solved before, so that daily and yearly covariances are solved alike.
     time_limit : float, optional
         Seconds for all points.
     callback : callable, optional
@@ -143,7 +150,7 @@ def frontier(
     Raises
     ------
     ValueError
-        As for :func:`bcd.solve_qp`, and for gammas that are not positive.
+        As for :func:`bcd.solve_qp`, for gammas that are not positive, and for a Gram as risk model.
 
     Examples
     --------
@@ -157,6 +164,11 @@ def frontier(
     True
     """
     started = time.perf_counter()
+    if isinstance(risk_model, Gram):
+        raise ValueError(
+            "risk_model must be an array, a scipy sparse array, bcd.LowRank or a LinearOperator; found a Gram: "
+            "give its matrix, or a LinearOperator with its products"
+        )
     qp = QP(risk_model, groups=groups)
     mu = as_vector("mu", mu, qp.n)
     gammas = _aversions(gammas)
@@ -171,11 +183,10 @@ def frontier(
                 status = Status.TIME_LIMIT
                 break
             q = -mu / gammas[k]
-            size = float(np.abs(product(w) + q).max())
-            result = qp.solve(
-                q, total=total, lower=lower, upper=upper, tol=tol * (min(1.0, size) or 1.0), time_limit=left
-            )
-            if result.status not in (Status.CONVERGED, Status.STAGNATED):
+            size = float((np.abs(product(w)) + np.abs(q)).max())  # of the terms: the gradient itself may be all 0
+            fine = tol * (min(1.0, size) or 1.0)
+            result = qp.solve(q, total=total, lower=lower, upper=upper, tol=fine, time_limit=left)
+            if not result.status.ok and not _nearly(result, LOOSE * fine, product(result.x) + q):
                 status, unfinished = result.status, result
                 break
             w, solved[int(k)] = result.x, result
@@ -187,6 +198,12 @@ def frontier(
     if status is Status.CONVERGED and not all(result.status.ok for result in solved.values()):
         status = Status.STAGNATED
     return _gather(mu, product, gammas, solved, status, unfinished, started)
+
+
+def _nearly(result: Result, tol: float, gradient: Array) -> bool:
+    """Whether rounding has stopped the solver within this tolerance."""
+    near = result.violation <= tol * max(1.0, float(np.abs(gradient).max()))
+    return near and result.status is Status.STAGNATED
 
 
 def _aversions(gammas: Any) -> Array:

@@ -28,7 +28,7 @@ from bcd._check import as_vector, group_labels
 from bcd._interrupt import interrupts
 from bcd.constraints import FeasibleSet, InfeasibleError, SumBox, parse_sums
 from bcd.dual import Dual, solve_dual
-from bcd.faces import MOST_DENSE, examine_block, make_face
+from bcd.faces import MOST_DENSE, examine_block, make_face, one_thread_below
 from bcd.gram import Gram
 from bcd.minimize import Progress
 from bcd.objectives import DenseHessian, LowRank, NonConvexError, OperatorHessian, Quadratic, SparseHessian, as_hessian
@@ -130,7 +130,7 @@ def solve_qp(
     >>> covariance = np.array([[0.04, 0.01, 0.0], [0.01, 0.09, 0.02], [0.0, 0.02, 0.16]])
     >>> result = solve_qp(covariance, total=1, lower=0, upper=0.5)
     >>> result.x.round(4)
-    array([0.5   , 0.2857, 0.2143])
+    array([0.5   , 0.3095, 0.1905])
     >>> bool(result.gap < 1e-12)
     True
 
@@ -138,7 +138,7 @@ def solve_qp(
 
     >>> F = np.array([[1.0], [2.0], [0.5], [1.5]])
     >>> solve_qp(LowRank(F, 0.5), [-0.1, -0.4, 0.0, -0.2], total=1, lower=-0.2, upper=1).x.round(4)
-    array([ 0.3043,  0.0348,  0.6435,  0.0174])
+    array([ 0.3714, -0.1143,  0.7143,  0.0286])
     """
     return QP(P, weights=weights, groups=groups).solve(
         q, total=total, lower=lower, upper=upper, x0=x0, tol=tol, tol_gap=tol_gap, max_iter=max_iter,
@@ -353,36 +353,72 @@ class QP:
             return callback(Progress(*counts, seconds, walk.objective, walk.violation, x))  # type: ignore[misc]
 
         watch.tell = None if callback is None else tell
-        with interrupts() as watch.pressed:
+        with interrupts() as watch.pressed, one_thread_below(self._face.flops(self.n)):
             walk = Walk(hessian, self._face, c, problem.feasible, x, watch)
             status = descend(walk)
-        x = walk.moves.x[: self.n].copy()
+        x = walk.moves.x[: self.n] + 0.0  # no negative zeros
         certificate = certify(problem, x)
+        if watch.scale is not None:  # residuals of the identity are measured in x, not in t
+            walk.rebuild()
+            y, z = walk.prices()
+            certificate = replace(certificate, total_multipliers=problem.feasible.as_given(y), bound_multipliers=z)
         return Result(
             x, certificate, watch.iterations, watch.columns,
             time.perf_counter() - watch.started, status, ray=walk.ray,
         )  # fmt: skip
 
     def _check_convex(self, feasible: FeasibleSet) -> None:
-        """NonConvexError where a coordinate in no sum, or a pair of coordinates of one sum, has negative curvature."""
+        """NonConvexError where coordinates that may move alone, or two that may move together, have negative curvature.
+
+        Alone moves what is in no sum or in one with a range.
+        """
         hessian, n = self.quadratic.hessian, self.n
-        movable = feasible.lower[:n] < feasible.upper[:n]
-        diagonal = hessian.diagonal
-        if not isinstance(hessian, OperatorHessian):
-            alone = movable & (feasible.labels[:n] < 0)
-            k = int(np.where(alone, diagonal, np.inf).argmin())
-            if alone[k] and diagonal[k] < -_compiled.CONCAVITY * float(np.abs(diagonal).max()):
-                raise NonConvexError(np.eye(1, n, k)[0], float(diagonal[k]))
-        least, i, j = self._least
-        if least >= -_compiled.CONCAVITY:
+        if isinstance(hessian, OperatorHessian | LowRank):
             return
-        if not (movable[i] and movable[j]):  # what is fixed pairs with nothing
-            labels = self._labels if len(self._labels) else np.zeros(n, np.int64)
-            least, i, j = _least_pair(hessian, np.where(movable, labels, n + np.arange(n)))
+        movable = feasible.lower[:n] < feasible.upper[:n]
+        labels, open_sums = feasible.labels[:n], feasible.labels[n:]
+        alone = np.flatnonzero(movable & ((labels < 0) | np.isin(labels, open_sums)))
+        least, i, j = self._least
+        if least < 0 and not (movable[i] and movable[j]):  # what is fixed pairs with nothing
+            own = self._labels if len(self._labels) else np.zeros(n, np.int64)
+            least, i, j = _least_pair(hessian, np.where(movable, own, n + np.arange(n)))
+        d = np.zeros(n)
+        if len(alone):
+            single, k = _least_alone(hessian, alone)
+            together, a, b = _least_sum(hessian, alone)
+            if min(single, together) < min(least, -_compiled.CONCAVITY):
+                d[[k] if single <= together else [a, b]] = 1.0
+                d /= np.linalg.norm(d)
+                raise NonConvexError(d, float(d @ hessian.product(d)))
         if least < -_compiled.CONCAVITY:
-            d = np.zeros(n)
             d[i], d[j] = np.sqrt(0.5), -np.sqrt(0.5)
             raise NonConvexError(d, float(d @ hessian.product(d)))
+
+
+def _least_alone(hessian: Any, alone: Array) -> tuple[float, int]:
+    """The least diagonal entry, relative to the largest, and where it is."""
+    k = int(alone[hessian.diagonal[alone].argmin()])
+    return float(hessian.diagonal[k] / (np.abs(hessian.diagonal).max() or 1.0)), k
+
+
+def _least_sum(hessian: Any, alone: Array) -> tuple[float, int, int]:
+    """The least curvature along e_i + e_j of two that may move alone, relative to the entries; i and j."""
+    d, best = hessian.diagonal, (0.0, -1, -1)
+    if isinstance(hessian, SparseHessian):
+        entries = sp.coo_array(hessian.matrix[alone][:, alone])
+        i, j, value = alone[entries.row], alone[entries.col], entries.data
+        size = np.abs(d[i]) + np.abs(d[j]) + np.abs(value)
+        curvature = np.where(i != j, d[i] + d[j] + 2 * value, 0.0) / np.where(size > 0, size, 1.0)
+        k = int(curvature.argmin()) if len(i) else -1
+        return (float(curvature[k]), int(i[k]), int(j[k])) if k >= 0 else best
+    for rows in np.array_split(alone, -(-len(alone) // 256)):
+        value = hessian.matrix[np.ix_(rows, alone)]
+        size = np.abs(d[rows])[:, None] + np.abs(d[alone]) + np.abs(value)
+        curvature = (d[rows][:, None] + d[alone] + 2 * value) / np.where(size > 0, size, 1.0)
+        curvature[rows[:, None] == alone] = 0.0
+        i, j = np.unravel_index(int(curvature.argmin()), curvature.shape)
+        best = min(best, (float(curvature[i, j]), int(rows[i]), int(alone[j])))
+    return best
 
 
 def _check_limits(*, tol: float, tol_gap: float | None, max_iter: int | None, time_limit: float | None) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bcd.constraints import InfeasibleError
+from bcd.objectives import as_hessian
 from bcd.qp import QP
 from bcd.recognise import SumBoxForm, recognise
 from bcd.result import Result, Status
@@ -106,10 +107,14 @@ def _solve(form: SumBoxForm, x0: Any, options: dict[str, Any]) -> Result:
     qp = QP(form.P, weights=form.weights, groups=form.groups)
     given = {"total": form.total, "lower": form.lower, "upper": form.upper}
     result = qp.solve(form.q, **given, x0=x0, **options)
-    if options or not result.status.ok or max(result.violation, result.gap) <= CLOSE:
+    endless = not np.isfinite(result.gap)  # then the gap that qpsolvers computes is up to |residual|_inf |x|_1
+    reach = max(1.0, float(np.abs(result.x).sum())) if endless else 1.0
+    off = result.violation * reach if endless else max(result.violation, result.gap)
+    if options or not result.status.ok or off <= CLOSE:
         return result
-    tol = 1e-8 * CLOSE / max(result.violation, CLOSE)
-    more = qp.solve(form.q, **given, tol=tol, tol_gap=CLOSE if np.isfinite(result.gap) else None)
+    gradient = as_hessian("P", form.P).product(result.x) + form.q
+    tol = min(1e-8, CLOSE / reach / max(1.0, float(np.abs(gradient).max())))  # it is relative to the gradient
+    more = qp.solve(form.q, **given, tol=tol, tol_gap=None if endless else CLOSE)
     return replace(more, status=result.status) if more.violation <= result.violation else result
 
 

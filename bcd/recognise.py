@@ -36,8 +36,9 @@ Array = np.ndarray
 LOWER, UPPER = 0, 1
 A_ROW, G_ROW, BOX, NOTHING = 0, 1, 2, 3  # where a bound comes from
 PARALLEL = 1e-12  # relative difference of coefficients up to which rows are multiples of each other
-AGREE = 1e-9  # relative difference of right-hand sides up to which constraints that say the same agree
+AGREE = 1e-9  # difference of right-hand sides, relative to their size, up to which constraints that say the same agree
 ROUNDING = 1e-15
+RESIDUE = 1e-6  # a side counts as no smaller than this share of its terms: AGREE * RESIDUE of them is rounding
 DENSE_UP_TO = 8192  # variables for which H is formed (512 MB) where it is not low rank plus diagonal
 DENSE_FROM = 0.1  # share of non-zeros from which a matrix is stored densely
 
@@ -220,8 +221,8 @@ def _source(kind: int, row: int) -> str:
     return f"lb or ub of variable {row}" if kind == BOX else "no bound"
 
 
-def _agree(a: float, b: float, scale: float = 1.0) -> bool:
-    return abs(a - b) <= AGREE * max(scale, abs(a), abs(b))
+def _agree(a: float, b: float, size: float) -> bool:
+    return abs(a - b) <= AGREE * max(size, abs(a), abs(b))
 
 
 # -- what is left of it while rows are used up ------------------------------------------------------
@@ -238,8 +239,9 @@ class _Rows:
     size: Array
 
     @classmethod
-    def of(cls, kind: int, matrix: sp.csr_array, side: Array) -> _Rows:
-        return cls(kind, matrix, side, np.arange(len(side)), np.maximum(1.0, np.abs(side)))
+    def of(cls, kind: int, matrix: sp.csr_array, side: Array, reach: Array) -> _Rows:
+        """``reach``: how large the variables are."""
+        return cls(kind, matrix, side, np.arange(len(side)), np.maximum(np.abs(side), RESIDUE * (abs(matrix) @ reach)))
 
     @property
     def lengths(self) -> Array:
@@ -307,34 +309,38 @@ class _Bounds:
     """Lower and upper bounds (2, n), and of each where it comes from.
 
     ``scale`` is the coefficient of the variable in the source: a multiplier mu of the bound is mu / scale there.
+    ``size`` is what the value has been made of, 0 where there is none.
     """
+
+    PARTS = ("value", "kind", "row", "scale", "size")
 
     def __init__(self, lb: Array, ub: Array):
         self.value = np.array([lb, ub])
         self.kind = np.where([lb > -np.inf, ub < np.inf], BOX, NOTHING)
         self.row = np.tile(np.arange(len(lb)), (2, 1))
         self.scale = np.ones((2, len(lb)))
+        self.size = np.where(np.isinf(self.value), 0.0, np.abs(self.value))
 
     @property
     def free(self) -> Array:
         return np.isinf(self.value).all(axis=0)
 
-    def tighten(self, side: int, index: Array, value: Array, kind: Array, row: Array, scale: Array) -> None:
-        """Add bounds, several on a variable perhaps; the tightest holds."""
+    def tighten(self, side: int, index: Array, *parts: Array) -> None:
+        """Add bounds (PARTS), several on a variable perhaps; the tightest holds."""
+        value = parts[0]
         sign = 1 if side == UPPER else -1
         order = np.lexsort((sign * value, index))
         best = order[np.unique(index[order], return_index=True)[1]]
         best = best[sign * value[best] < sign * self.value[side, index[best]]]
-        at = index[best]
-        self.value[side, at], self.kind[side, at] = value[best], kind[best]
-        self.row[side, at], self.scale[side, at] = row[best], scale[best]
+        for name, part in zip(self.PARTS, parts, strict=True):
+            getattr(self, name)[side, index[best]] = part[best]
 
     def check(self, columns: Array) -> None:
         """Make bounds equal that rounding keeps apart; raise InfeasibleError where they cross by more."""
-        lower, upper = self.value
-        near = lower + ROUNDING * np.maximum(1.0, np.abs(np.where(lower > -np.inf, lower, 0.0))) >= upper
+        (lower, upper), size = self.value, self.size.max(axis=0)
+        near = lower + ROUNDING * size >= upper
         for k in np.flatnonzero(near & (lower != upper) | (lower == np.inf) | (upper == -np.inf)):
-            if not np.isfinite(self.value[:, k]).all() or not _agree(lower[k], upper[k]):
+            if not np.isfinite(self.value[:, k]).all() or not _agree(lower[k], upper[k], size[k]):
                 low, high = (_source(self.kind[s, k], self.row[s, k]) for s in (LOWER, UPPER))
                 raise InfeasibleError(
                     f"variable {columns[k]} must be at least {lower[k]} ({low}) and at most {upper[k]} ({high})"
@@ -344,20 +350,19 @@ class _Bounds:
     def substitute(self, change: _Change) -> None:
         """Pass bounds of variables that are gone (x_j = c x_k + s) on to those that stay."""
         bounded = np.flatnonzero(~self.free[change.gone])
-        value, kind, row, scale = (
-            part[:, change.gone[bounded]] for part in (self.value, self.kind, self.row, self.scale)
-        )
-        for part in ("value", "kind", "row", "scale"):
-            setattr(self, part, getattr(self, part)[:, change.kept])
+        value, kind, row, scale, size = (getattr(self, name)[:, change.gone[bounded]] for name in self.PARTS)
+        for name in self.PARTS:
+            setattr(self, name, getattr(self, name)[:, change.kept])
         if len(bounded) == 0:
             return
         slope = change.slope[bounded]
         c, k = slope.data, slope.indices
-        value, scale = (value - change.shift[bounded]) / c, scale * c
+        shift = change.shift[bounded]
+        value, scale, size = (value - shift) / c, scale * c, np.maximum(size, np.abs(shift)) / np.abs(c)
         for side in (LOWER, UPPER):
             for new, turned in ((side, c > 0), (1 - side, c < 0)):
                 m = turned & (kind[side] != NOTHING)
-                self.tighten(new, k[m], value[side, m], kind[side, m], row[side, m], scale[side, m])
+                self.tighten(new, k[m], *(part[side, m] for part in (value, kind, row, scale, size)))
 
 
 class _Reduction:
@@ -366,8 +371,10 @@ class _Reduction:
     def __init__(self, given: _Program):
         n = len(given.q)
         self.P, self.q = given.P, given.q
-        self.equalities = _Rows.of(A_ROW, given.A, given.b)
-        self.inequalities = _Rows.of(G_ROW, given.G, given.h)
+        reach = np.maximum(np.abs(given.lb), np.abs(given.ub))
+        reach[np.isinf(reach)] = 1.0  # nothing says how large
+        self.equalities = _Rows.of(A_ROW, given.A, given.b, reach)
+        self.inequalities = _Rows.of(G_ROW, given.G, given.h, reach)
         self.bounds = _Bounds(given.lb, given.ub)
         self.columns = np.arange(n)
         self.squares, self.square_shift = sp.csr_array((0, n)), np.empty(0)  # 1/2 |squares @ x + square_shift|^2
@@ -387,10 +394,10 @@ class _Reduction:
             at = rows.matrix.indptr[:-1][single]
             index, scale = rows.matrix.indices[at], rows.matrix.data[at]
             value, number = rows.side[single] / scale + 0.0, rows.number[single]  # no -0.0
-            kind = np.full(len(at), rows.kind)
+            kind, size = np.full(len(at), rows.kind), rows.size[single] / np.abs(scale)
             for side in (LOWER, UPPER):
                 m = np.full(len(at), True) if rows.kind == A_ROW else (scale > 0) == (side == UPPER)
-                self.bounds.tighten(side, index[m], value[m], kind[m], number[m], scale[m])
+                self.bounds.tighten(side, index[m], *(part[m] for part in (value, kind, number, scale, size)))
             rows.keep(rows.lengths > 1)
         self.bounds.check(self.columns)
 
@@ -601,12 +608,13 @@ class _Source:
 
 @dataclass
 class _Sum:
-    """``value[0] <= coefficients @ x[index] <= value[1]``."""
+    """``value[0] <= coefficients @ x[index] <= value[1]``; ``size`` is what these values have been made of."""
 
     index: Array
     coefficients: Array
     value: list[float]
     source: list[_Source | None]
+    size: list[float]
 
     @property
     def equality(self) -> bool:
@@ -623,10 +631,10 @@ class _Sum:
         c = float(coefficients[0] / self.coefficients[0])
         return c if np.allclose(coefficients, c * self.coefficients, rtol=PARALLEL, atol=0) else None
 
-    def limit(self, side: int, value: float, source: _Source) -> None:
+    def limit(self, side: int, value: float, source: _Source, size: float) -> None:
         """Tighten a side."""
         if value < self.value[side] if side == UPPER else value > self.value[side]:
-            self.value[side], self.source[side] = value, source
+            self.value[side], self.source[side], self.size[side] = value, source, size
 
 
 class _Sums:
@@ -641,15 +649,16 @@ class _Sums:
         start = rows.matrix.indptr
         for i in np.argsort(rows.lengths, kind="stable"):
             part = slice(start[i], start[i + 1])
-            self.add(rows.kind, int(rows.number[i]), rows.matrix.indices[part], rows.matrix.data[part], rows.side[i])
+            entries = rows.matrix.indices[part], rows.matrix.data[part]
+            self.add(rows.kind, int(rows.number[i]), *entries, rows.side[i], rows.size[i])
 
-    def add(self, kind: int, row: int, index: Array, coefficients: Array, side: float) -> None:
+    def add(self, kind: int, row: int, index: Array, coefficients: Array, side: float, size: float) -> None:
         """Take fixed variables and known sums out of a row; what is left is a new sum, or a multiple of one."""
         lower, upper = self.bounds.value[:, index]
         fixed = lower == upper
         taken: list[tuple[int, float]] = []
         source = _Source(kind, row, 1.0, taken, index[fixed], coefficients[fixed])
-        size = abs(side) + np.abs(coefficients[fixed] * lower[fixed]).sum()
+        size += np.abs(coefficients[fixed] * lower[fixed]).sum()
         side = float(side - coefficients[fixed] @ lower[fixed])
         index, coefficients = index[~fixed], coefficients[~fixed]
         for k in np.unique(self.owner[index]):
@@ -659,28 +668,28 @@ class _Sums:
             known = self.found[k]
             c = self._multiple(source, known, index[part], coefficients[part], bool(part.all()))
             if not known.equality:
-                return self._limit(known, side, c, source)
+                return self._limit(known, side, c, source, size)
             taken.append((int(k), c))
             side -= c * known.value[LOWER]
-            size += abs(c * known.value[LOWER])
+            size += abs(c) * known.size[LOWER]
             index, coefficients = index[~part], coefficients[~part]
         if len(index):
-            return self._new(index, coefficients, side, source)
-        if side < -AGREE * max(1.0, size) or (kind == A_ROW and side > AGREE * max(1.0, size)):
+            return self._new(index, coefficients, side, source, size)
+        if side < -AGREE * size or (kind == A_ROW and side > AGREE * size):
             raise InfeasibleError(f"{_source(kind, row)} contradicts rows and bounds before it by {abs(side):.6g}")
 
-    def _new(self, index: Array, coefficients: Array, side: float, source: _Source) -> None:
+    def _new(self, index: Array, coefficients: Array, side: float, source: _Source, size: float) -> None:
         scale = float(coefficients[np.argmax(np.abs(coefficients))])
         self.owner[index] = len(self.found)
-        self.found.append(_Sum(index, coefficients / scale, [-np.inf, np.inf], [None, None]))
-        self._limit(self.found[-1], side, scale, source)
+        self.found.append(_Sum(index, coefficients / scale, [-np.inf, np.inf], [None, None], [0.0, 0.0]))
+        self._limit(self.found[-1], side, scale, source, size)
 
-    def _limit(self, known: _Sum, side: float, scale: float, source: _Source) -> None:
+    def _limit(self, known: _Sum, side: float, scale: float, source: _Source, size: float) -> None:
         source.scale = scale
         if source.kind == A_ROW or scale > 0:
-            known.limit(UPPER, side / scale, source)
+            known.limit(UPPER, side / scale, source, size / abs(scale))
         if source.kind == A_ROW or scale < 0:
-            known.limit(LOWER, side / scale, source)
+            known.limit(LOWER, side / scale, source, size / abs(scale))
 
     def _multiple(self, source: _Source, known: _Sum, index: Array, coefficients: Array, alone: bool) -> float:
         """How often a row has a sum in it; NotSumBoxError if it does not have it as a whole."""
@@ -704,7 +713,7 @@ class _Sums:
             low, high = known.value
             if low > high:
                 names = [_source(s.kind, s.row) for s in known.source if s]
-                if not _agree(low, high):
+                if not _agree(low, high, max(known.size)):
                     raise InfeasibleError(f"a sum must be at least {low} ({names[0]}) and at most {high} ({names[1]})")
                 known.value[UPPER] = low
 

@@ -40,11 +40,13 @@ Array = np.ndarray
 BLOCK = 256  # coordinates of a greedy block
 PIVOTS = 60  # pivoting steps at most
 PATIENCE = 8  # of them without fewer coordinates changing sides than ever before
-SLACK = 1e-13  # a free coordinate may miss its bound by this, relative to 1 + |bound|, before it is put there
 CROWD = 0.25  # share of the coordinates that changes sides in the first step where that step goes too far
-DAMPING = (0.01, 1e-10)  # first and least, relative to the diagonal
+MANY = 200  # free coordinates whose factorisation is cheap
+DAMPING = (0.01, 1e-10, 0.316)  # first and least, relative to the diagonal, and what it is multiplied by
+NEARLY = 0.05  # share of the coordinates that changes sides in the last damped step
 STALLED, ROUNDS = 6, 40  # rounds without progress, and in all
 STEPS, MOST_STEPS = 1000, 64_000  # pair steps of the first greedy block, doubled for every further one, and at most
+LEVELS = 8  # coordinates, ever smaller ones, that take up the rounding of a sum
 PATIENT = 2  # rounds before active-set steps, which are slow but sure
 EPS, TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
 
@@ -120,9 +122,9 @@ class Walk:
         self.n, self.N = len(linear), len(self.moves.x)
         self.linear = np.concatenate([linear, np.zeros(self.N - self.n)])
         self.sums = np.maximum(feasible.labels, -1)  # of every coordinate, -1: none
-        self.moves.place_at(self._restored(self.moves.x))
-        self.moves.settle()
-        self.grad = np.zeros(self.N)
+        self.stretch = np.ones(self.N)  # the gradient in x is so many times the one in t
+        if watch.scale is not None:
+            self.stretch[: self.n] = np.abs(watch.scale)
         self.diagonal = np.concatenate([hessian.diagonal, np.zeros(self.N - self.n)])
         self.unit = float(np.abs(hessian.diagonal).max(initial=0.0)) or 1.0
         self.curvature = np.where(self.diagonal > 0, self.diagonal, self.unit)  # what steps are damped in proportion to
@@ -130,11 +132,18 @@ class Walk:
         self.block = np.empty(0, np.int64)
         self.origin = self.moves.x.copy()
         self.ray: Array | None = None
-        self.examined = False  # whether the free coordinates have been solved for, which finds negative curvature
+        self.examined = b""  # the free coordinates that were last solved for, which finds negative curvature
         self.strictness = 0.25  # of the test for changing sides, relative to the tolerance
-        self.rebuild()
+        self.grad = np.zeros(self.N)
+        self.place_at(self._restored(self.moves.x))
 
     # -- the point --
+
+    def place_at(self, x: Array) -> None:
+        """Go to a feasible point."""
+        self.moves.place_at(self._levelled(x))
+        self.moves.settle()
+        self.rebuild()
 
     def rebuild(self) -> None:
         """The gradient from x alone."""
@@ -148,8 +157,7 @@ class Walk:
     @property
     def scale(self) -> float:
         """What the violation is relative to: max(1, largest |gradient|)."""
-        grad = self.grad[: self.n]
-        return max(1.0, float(np.abs(grad if self.watch.scale is None else grad * self.watch.scale).max(initial=0.0)))
+        return max(1.0, float(np.abs(self.grad * self.stretch).max(initial=0.0)))
 
     def excess(self) -> float:
         """Violation, and gap, over what is allowed: at most 1 where the tolerances are met."""
@@ -165,11 +173,17 @@ class Walk:
             return self.moves.violation(self.grad)
         moves = self.moves
         y = self.multipliers(self.grad, (moves.rise > 0) & (moves.fall > 0))
-        reduced = (self.grad + np.append(y, 0.0)[self.sums]) * np.append(
-            np.abs(self.watch.scale), np.ones(self.N - self.n)
-        )
+        reduced = (self.grad + np.append(y, 0.0)[self.sums]) * self.stretch
         rises, falls = np.where(moves.rise > 0, -reduced, 0.0), np.where(moves.fall > 0, reduced, 0.0)
         return 2 * float(max(rises.max(initial=0.0), falls.max(initial=0.0)))
+
+    def prices(self) -> tuple[Array, Array]:
+        """Multipliers of the sums and of the bounds with which the residuals are those of :attr:`violation`."""
+        moves, n = self.moves, self.n
+        y = self.multipliers(self.grad, (moves.rise > 0) & (moves.fall > 0))
+        reduced = (self.grad + np.append(y, 0.0)[self.sums])[:n]
+        pulls_up, pulls_down = np.minimum(reduced, 0.0), np.maximum(reduced, 0.0)
+        return y, -np.where(moves.rise[:n] == 0, pulls_up, 0.0) - np.where(moves.fall[:n] == 0, pulls_down, 0.0)
 
     @cached_property
     def recedes(self) -> bool:
@@ -202,8 +216,8 @@ class Walk:
 
     # -- greedy blocks --
 
-    def greedy(self, size: int, steps: int) -> int:
-        """WSS2 pair steps on a GS-1 block, or on all coordinates; returns how many were taken."""
+    def greedy(self, size: int, steps: int) -> None:
+        """WSS2 pair steps on a GS-1 block, or on all coordinates."""
         moves = self.moves
         W, start = self._by_sum(self._choose(size))
         alone = start[-1] < len(W)  # those in no sum pair with a coordinate that nothing holds
@@ -225,17 +239,10 @@ class Walk:
         self.watch.iterations += done
         if ended == _compiled.CONCAVE:
             self._concave_pair(W, K, start)
-        step = x[: len(W)] - moves.x[W]
-        moved = np.flatnonzero(step)
+        self.watch.columns += 2 * done
         moves.x[W] = x[: len(W)]
-        moves.place_at(moves.x)
-        if len(W) == self.n == self.N:
-            self.grad[W] = grad[: len(W)]
-            self.watch.columns += 2 * done
-        else:
-            self.shift(self.grad, W[moved], step[moved])
+        self.place_at(moves.x)
         self.block = W
-        return done
 
     def _choose(self, size: int) -> Array:
         """All coordinates, or the GS-1 block with the free ones of the last block in up to half of its places."""
@@ -285,11 +292,17 @@ class Walk:
     def pivoting(self) -> bool:
         """Block principal pivoting from here; the point moves if f falls. True if it ended at a solution."""
         at = _Pivoting(self)
-        self.examined = True
-        if at.changed > CROWD * self.N or at.step() > CROWD * self.N:  # too far: a path of easier problems leads there
+        crowded = max(at.changed, int(np.count_nonzero(at.state == 0)) - MANY) > CROWD * self.N
+        if crowded or at.step() > CROWD * self.N:  # too far, or too dear: a path of easier problems leads there
             at = _Pivoting(self)
             at.follow()
         return self._accept(at, at.run())
+
+    def examine(self) -> None:
+        """NonConvexError where the free coordinates have negative curvature."""
+        free = np.flatnonzero((self.moves.rise > 0) & (self.moves.fall > 0))
+        if free[self.n > free].tobytes() != self.examined:
+            self.newton(free, self.moves.x, self.grad, None)
 
     def damped(self, damping: float) -> bool:
         """The same for the problem with damped steps (a proximal step); True if it was solved."""
@@ -297,14 +310,18 @@ class Walk:
         return self._accept(at, at.run())
 
     def multipliers(self, grad: Array, free: Array) -> Array:
-        """Of every sum: 0 with a free slack, else minus the mean gradient of its free coordinates or of its ends."""
+        """Of every sum: 0 with a free slack, else minus the mean gradient of its free coordinates or of its ends.
+
+        With weights in the sums the mean makes the residuals in x small: it weighs by the square of the scale.
+        """
         y = np.zeros(self.moves.groups)
         first, last = _compiled.violating_ends(
             grad, self.moves.rise, self.moves.fall, self.moves.labels, self.moves.groups
         )
         inside = free & (self.sums >= 0)
-        count = np.bincount(self.sums[inside], minlength=len(y))
-        total = np.bincount(self.sums[inside], grad[inside], minlength=len(y))
+        share = self.stretch[inside] ** 2
+        count = np.bincount(self.sums[inside], share, minlength=len(y))
+        total = np.bincount(self.sums[inside], share * grad[inside], minlength=len(y))
         for s in range(len(y)):
             ends = [grad[k] for k in (first[s], last[s]) if k >= 0]
             y[s] = -total[s] / count[s] if count[s] else (-np.mean(ends) if ends else 0.0)
@@ -329,6 +346,7 @@ class Walk:
         step = np.zeros(0)
         if len(real):
             step, y = self.face.kkt(real, h, held, off, damping)
+            self.examined = real.tobytes() if damped is None else self.examined
             y += y0
         if len(slack):
             gained = np.bincount(sums[real] + 1, step, minlength=groups + 1)[1:]
@@ -337,16 +355,15 @@ class Walk:
 
     def _accept(self, at: _Pivoting, solved: bool) -> bool:
         """Go to the point found, or the feasible one next to it, if f is lower there; notes a ray that leads there."""
-        moves, before, kept, old = self.moves, self.objective, self.moves.x.copy(), self.grad.copy()
+        moves, room, kept, old = self.moves, 8 * EPS * abs(self.objective), self.moves.x.copy(), self.grad.copy()
         if not np.isfinite(at.x).all():
             return False
         if self.recedes:
             last, whole = self._ray(at.x - moves.x), self._ray(at.x - self.origin)
             self.ray = whole if last is None else last
-        moves.place_at(self._restored(at.x) if solved else self._nearest(at.x))
-        moves.settle()
-        self.rebuild()
-        if self.objective <= before + 8 * EPS * abs(before):
+        self.place_at(self._restored(at.x) if solved else self._nearest(at.x))
+        change = 0.5 * float((old + self.grad) @ (moves.x - kept))  # a difference of values would lose small ones
+        if change <= room:
             return solved
         moves.place_at(kept)
         self.grad[:] = old
@@ -357,12 +374,15 @@ class Walk:
         size = float(np.abs(d).max(initial=0.0))
         d = np.where(np.abs(d) > 1e-9 * size, d, 0.0) / (size or 1.0)
         blocked = ((d > 0) & (self.moves.upper < np.inf)) | ((d < 0) & (self.moves.lower > -np.inf))
-        if blocked.any() or not d.any():
+        inside = self.sums >= 0
+        gained, moved = (np.bincount(self.sums[inside], v[inside], minlength=self.moves.groups) for v in (d, np.abs(d)))
+        if blocked.any() or not d.any() or (np.abs(gained) > 1e-9 * moved).any():
             return None
         curvature = float(d[: self.n] @ self.hessian.product(d[: self.n]))
         most = float(np.sqrt(np.maximum(self.diagonal, 0.0)) @ np.abs(d)) ** 2  # of |d|'|P||d|, P semidefinite
-        flat = curvature <= 8 * EPS * most
-        falls = float(self.grad @ d) < -self.watch.tol * self.scale * float(np.abs(d).sum())
+        slope = float(self.grad @ d)
+        flat = curvature <= 8 * EPS * most and 8 * curvature * size < -slope  # else it explains the length of d
+        falls = slope < -self.watch.tol * self.scale * float(np.abs(d).sum())
         return d[: self.n] if flat and falls else None
 
     def _restored(self, x: Array) -> Array:
@@ -376,6 +396,21 @@ class Walk:
             if room.sum() <= abs(off[s]):
                 return self._nearest(x)
             x[m] = np.clip(x[m] - off[s] * room / room.sum(), moves.lower[m], moves.upper[m])
+        return x
+
+    def _levelled(self, x: Array) -> Array:
+        """X with what rounding has added to a sum taken out of flat coordinates, where a steep one's would feel it."""
+        inside = self.sums >= 0
+        lost = EPS * np.bincount(self.sums[inside], np.abs(x[inside]), minlength=self.moves.groups)
+        for s in np.flatnonzero(lost * self.curvature.max() > 0.1 * self.watch.tol * self.scale):
+            m = self.feasible.members(int(s))
+            for _ in range(LEVELS):
+                off = _compiled.exact_sum(x[m]) - self.feasible.totals[s]
+                room = np.minimum(x[m] - self.moves.lower[m], self.moves.upper[m] - x[m])
+                able = (room > abs(off)) & (np.spacing(np.abs(x[m])) <= 2 * abs(off))
+                if off == 0 or not able.any():
+                    break
+                x[m[np.where(able, self.curvature[m], np.inf).argmin()]] -= off
         return x
 
     def _nearest(self, x: Array) -> Array:
@@ -406,9 +441,7 @@ class _ActiveSet:
             if walk.watch.stop() is not None or walk.ray is not None or not (self.step() or self.release()):
                 break
             walk.watch.iterations += 1
-        walk.moves.place_at(walk.moves.x)
-        walk.moves.settle()
-        walk.rebuild()
+        walk.place_at(walk.moves.x)
 
     def step(self) -> bool:
         """Along the Newton direction; False if that is no way down, or went all the way."""
@@ -484,13 +517,12 @@ class _Pivoting:
     def follow(self) -> None:
         """Lower the damping step by step to nothing."""
         walk = self.walk
-        self.damping, least = DAMPING
+        self.damping, least = DAMPING[:2]
         while self.damping > least and walk.watch.stop() is None:
             self.centre = np.clip(self.x, walk.moves.lower, walk.moves.upper)
-            changed = self.step()
-            if changed == 0:
+            if self.step() <= NEARLY * walk.N:
                 break
-            self.damping *= 0.1 if changed < 0.02 * walk.N else 0.316
+            self.damping *= DAMPING[2]
         self.damping = 0.0
 
     def pivot(self) -> int:
@@ -499,7 +531,7 @@ class _Pivoting:
         if self.damping:
             grad = grad + self._pull()
         before = self.state.copy()
-        _compiled.pivot(self.state, self.x, grad, self.y, self.walk.sums, moves.lower, moves.upper, SLACK, self.slack)
+        _compiled.pivot(self.state, self.x, grad, self.y, self.walk.sums, moves.lower, moves.upper, 0.0, self.slack)
         self._supply(grad)
         return int(np.count_nonzero(self.state != before))
 
@@ -558,12 +590,13 @@ def descend(walk: Walk) -> Status:
     """Pivot; where that does not end at a solution, greedy blocks, proximal and active-set steps take turns with it."""
     watch, damping, idle, best, lowest = walk.watch, DAMPING[0], 0, np.inf, np.inf
     for turn in range(ROUNDS):
-        if walk.excess() <= 1.0 and walk.examined:
+        if walk.excess() <= 1.0:
+            walk.examine()
             return Status.CONVERGED
         stopped = watch.stop() or (Status.CALLBACK if watch.tell and watch.tell(walk) else None)
         if stopped is not None:
             return stopped
-        solved = walk.pivoting()
+        solved = walk.pivoting() and turn < PATIENT  # once more refines a solution; then it is no longer to be trusted
         if not solved and walk.ray is None and walk.excess() > 1.0:
             if walk.greedy_helps:
                 walk.greedy(BLOCK, min(STEPS << min(turn, 16), MOST_STEPS))
@@ -578,5 +611,5 @@ def descend(walk: Walk) -> Status:
         best, lowest = min(best, excess), min(lowest, objective)
         walk.strictness *= 0.1
         if idle > STALLED:
-            break
-    return Status.STAGNATED
+            return Status.STAGNATED
+    return Status.ITERATION_LIMIT

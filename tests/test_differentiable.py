@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from bcd import InfeasibleError, LowRank
+from bcd import InfeasibleError, LowRank, Status
+from bcd.qp import QP
 
 torch = pytest.importorskip("torch")
 from bcd.differentiable import solve  # noqa: E402 - needs torch
@@ -151,7 +152,7 @@ def test_a_corner_does_not_move():
 
 
 def test_degenerate_points_have_the_derivative_of_the_side_on_which_the_bound_holds():
-    """At q = 0, total = 0 every bound holds with multiplier 0."""
+    """x_0 is at its bound with multiplier 0: where q_0 falls it leaves it, and the derivative is 0.5 there."""
     q = leaf([0.0, 0.0, 1.0])
     x = solve(np.eye(3), q, total=1.0, lower=[0.5, 0.0, 0.0])
     assert x.tolist() == [0.5, 0.5, 0.0]
@@ -161,7 +162,7 @@ def test_degenerate_points_have_the_derivative_of_the_side_on_which_the_bound_ho
         there = q.detach() + torch.tensor([step, 0.0, 0.0])
         sides.append((solve(np.eye(3), there, total=1.0, lower=[0.5, 0.0, 0.0])[1] - x[1]).item() / step)
     np.testing.assert_allclose(sorted(sides), [0.0, 0.5], atol=1e-9)
-    assert slope[0].item() in (0.0, 0.5)
+    assert slope.tolist() == [0.0, 0.0, 0.0]  # x_0 stays at its bound, and x_1 with it
 
 
 def test_equal_bounds_fix_a_coordinate():
@@ -297,6 +298,33 @@ def test_what_has_no_solution_says_so():
         solve(np.eye(3), torch.zeros(3), total=1.0, lower=0.0, upper=0.1)
     with pytest.raises(ValueError, match=r"problem 1 of the batch has no solution: .* falls without end"):
         solve(np.zeros((2, 2)), torch.tensor([[0.0, 0.0], [1.0, 0.0]]), total=1.0)
+
+
+def stagnating(monkeypatch, steps):
+    """QP.solve that ends after so many steps and says that rounding has ended it."""
+    original = QP.solve
+
+    def stopped(self, *args, **options):
+        result = original(self, *args, **options, max_iter=steps)
+        result.status = Status.STAGNATED
+        return result
+
+    monkeypatch.setattr(QP, "solve", stopped)
+
+
+def test_a_point_far_from_the_tolerance_is_an_error(monkeypatch):
+    P, q = problem(30, seed=15, batch=(3,))
+    stagnating(monkeypatch, 0)
+    with pytest.raises(ValueError, match=r"problem 0 of the batch: rounding stopped the solver at a violation of"):
+        solve(P, q, total=1.0, lower=0.0)
+
+
+@pytest.mark.parametrize("tol", [1e-8, 0.0])
+def test_a_point_that_rounding_has_stopped_near_the_tolerance_serves(monkeypatch, tol):
+    P, q = problem(30, seed=15)
+    expected = solve(P, q, total=1.0, lower=0.0)
+    stagnating(monkeypatch, None)
+    torch.testing.assert_close(solve(P, q, total=1.0, lower=0.0, tol=tol), expected)
 
 
 def test_import_bcd_does_not_import_torch():

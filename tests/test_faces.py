@@ -74,7 +74,17 @@ def test_the_bordered_system_is_solved(form, n, groups, damped, seed):
     system = draw_system(rng, n, min(groups, n))
     damping = rng.uniform(0.01, 10, len(system[0])) if damped else None
     found = make_face(hessian(form, F, D)).kkt(*system, damping)
-    assert_solved(P, (*system, damping), found, 1e-7 if form == "operator" else 1e-9)
+    coarse = form == "dense" and damped  # in float32
+    assert_solved(P, (*system, damping), found, 1e-3 if coarse else 1e-7 if form == "operator" else 1e-9)
+
+
+def test_light_damping_is_solved_for_in_float64():
+    """Float32 serves well damped steps only: with less its rounding would be worth more than the step."""
+    rng = np.random.default_rng(3)
+    F, D, P = definite(rng, 40)
+    system = draw_system(rng, 40, 2)
+    damping = 1e-6 * P.diagonal()[system[0]]
+    assert_solved(P, (*system, damping), make_face(hessian("dense", F, D)).kkt(*system, damping), 1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -128,7 +138,7 @@ def test_a_kept_factor_serves_through_many_changes(n, groups, seed):
             damping = rng.uniform(0.1, 1, len(F)) if step % 7 == 3 else None
             solves += damping is None
             system = (F, h, labels[F], off, damping)
-            assert_solved(P, system, face.kkt(*system), 1e-8)
+            assert_solved(P, system, face.kkt(*system), 1e-8 if damping is None else 1e-3)
         fresh = sum(call.args[1] is None for call in factored.call_args_list)
     assert 1 <= fresh < 0.9 * solves
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import bcd
 from bcd import InfeasibleError, LowRank, Status
 from bcd.frontier import frontier
+from bcd.gram import Gram, Kernel
 from bcd.qp import QP
 
 GAMMAS = np.array([np.inf, 100.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01])
@@ -157,6 +158,52 @@ def test_ctrl_c_inside_of_a_solve_leaves_that_point_out(monkeypatch):
     assert curve.unfinished is calls[2]
 
 
+def test_a_warm_start_where_the_gradient_cancels_asks_for_no_more():
+    """Without a sum P w = mu / gamma at the solution, where the next gamma starts: that is no scale."""
+    mu, F, D = market()
+    for scale in (1.0, 1e-6):
+        gammas = [2.0, 2.0, 2.0 * (1 + 1e-12)]
+        curve = frontier(scale * mu, LowRank(F, D), gammas, total=None, lower=None, tol=1e-10)
+        assert curve.status is Status.CONVERGED, [result.violation for result in curve.results]
+        P = covariance(F, D)
+        for w in curve.weights:
+            np.testing.assert_allclose(P @ w, scale * mu / 2, atol=1e-9 * scale * mu.max())
+
+
+def stagnating(steps, monkeypatch):
+    """QP.solve whose second call ends after so many steps, and says that rounding has ended it."""
+    solve, calls = QP.solve, []
+
+    def stopped(self, *args, **options):
+        calls.append(solve(self, *args, **options, max_iter=steps if len(calls) == 1 else None))
+        if len(calls) == 2:
+            calls[-1].status = Status.STAGNATED
+        return calls[-1]
+
+    monkeypatch.setattr(QP, "solve", stopped)
+    return calls
+
+
+def test_a_point_that_stagnates_far_from_its_tolerance_is_no_point_of_the_curve(monkeypatch):
+    mu, F, D = market()
+    calls = stagnating(0, monkeypatch)
+    curve = frontier(mu, LowRank(F, D), [100.0, 1.0, 0.1])
+    assert curve.status is Status.STAGNATED
+    assert curve.gammas.tolist() == [100.0]
+    assert curve.unfinished is calls[1]
+    assert curve.unfinished.violation > 1e-4
+
+
+def test_a_point_that_stagnates_near_its_tolerance_is_kept_and_reported(monkeypatch):
+    mu, F, D = market()
+    stagnating(None, monkeypatch)
+    curve = frontier(mu, LowRank(F, D), [100.0, 1.0, 0.1])
+    assert curve.status is Status.STAGNATED
+    assert len(curve.gammas) == 3
+    assert curve.unfinished is None
+    assert [result.status.ok for result in curve.results] == [True, False, True]
+
+
 def test_without_bounds_a_singular_model_has_no_frontier():
     mu, F, _ = market()
     curve = frontier(mu, LowRank(F), [np.inf, 1.0], lower=None)
@@ -179,6 +226,7 @@ def test_without_bounds_a_singular_model_has_no_frontier():
         ({"mu": np.full(60, np.inf)}, "mu must be finite"),
         ({"upper": np.zeros(3)}, "upper must be a scalar or have shape"),
         ({"risk_model": np.ones((3, 4))}, "square"),
+        ({"risk_model": Gram(np.ones((60, 2)), Kernel("linear"))}, "risk_model must be an array, .* found a Gram"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
@@ -228,6 +276,19 @@ def test_short_positions_hang_below_zero(tmp_path):
     heights = np.concatenate([path.vertices[:, 1] for area in right.collections for path in area.get_paths()])
     np.testing.assert_allclose(heights.min(), np.minimum(curve.weights, 0).sum(axis=1).min())
     np.testing.assert_allclose(heights.max(), np.maximum(curve.weights, 0).sum(axis=1).max())
+
+
+@pytest.mark.parametrize("names", [[], list("abcde"), list("abcdefg")])
+def test_names_are_one_an_asset(names):
+    mu, F, D = market(6, 2)
+    with pytest.raises(ValueError, match=f"names must be one an asset, 6 in all; found {len(names)}"):
+        frontier(mu, LowRank(F, D), [1.0]).plot(names=names)
+
+
+def test_names_may_be_an_array():
+    mu, F, D = market(6, 2)
+    figure = frontier(mu, LowRank(F, D), [1.0], upper=0.5).plot(names=np.array(list("abcdef")))
+    assert set(figure.axes[1].get_legend_handles_labels()[1]) <= set("abcdef")
 
 
 def test_one_point_can_be_drawn():

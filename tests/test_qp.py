@@ -29,8 +29,17 @@ def case_of(P, q=0.0, total=None, lower=-np.inf, upper=np.inf, weights=None, gro
     n = len(P)
     q, lower, upper = (np.array(np.broadcast_to(np.asarray(v, float), n)) for v in (q, lower, upper))
     values, vectors = np.linalg.eigh(P)
-    made = Case(vectors * np.sqrt(np.maximum(values, 0)), np.zeros(n), q, lower, upper, np.clip(np.zeros(n), lower, upper),
-                total, None if weights is None else np.asarray(weights, float), groups)  # fmt: skip
+    made = Case(
+        vectors * np.sqrt(np.maximum(values, 0)),
+        np.zeros(n),
+        q,
+        lower,
+        upper,
+        np.clip(np.zeros(n), lower, upper),
+        total,
+        None if weights is None else np.asarray(weights, float),
+        groups,
+    )
     made.__dict__["P"] = P
     return made
 
@@ -106,7 +115,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_factors_are_checked():
-    with pytest.raises(ValueError, match="D must be non-negative; found -1.0 at 1"):
+    with pytest.raises(ValueError, match=r"D must be non-negative; found -1\.0 at 1"):
         LowRank(np.ones((2, 1)), [1.0, -1.0])
     with pytest.raises(ValueError, match="F must be finite"):
         LowRank(np.full((2, 1), np.nan))

@@ -3,6 +3,7 @@
 import importlib
 import sys
 import warnings
+from dataclasses import replace
 
 import cvxpy as cp
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bcd
+from bcd.qp import QP
 from bcd.qp_cvxpy import CvxpySolver
 from bcd.qp_qpsolvers import register_with_qpsolvers
 
@@ -372,6 +374,40 @@ def test_residuals_are_absolute_whatever_the_scale(scale):
         problem = simplex_problem(np.random.default_rng(seed), 40)
         problem.P, problem.q = scale * problem.P, scale * problem.q
         assert qpsolvers.solve_problem(problem, "bcd").is_optimal(1e-6)
+
+
+@pytest.mark.parametrize("n", [20, 60])
+def test_residuals_are_absolute_where_there_is_no_gap(n):
+    """Without bounds the gap is infinite; the violation alone must be brought down, from gradients of 1e6."""
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        basis, _ = np.linalg.qr(rng.standard_normal((n, n)))
+        P, q = 1e6 * (basis * np.geomspace(0.01, 1, n)) @ basis.T, 1e6 * rng.standard_normal(n)
+        lb = np.where(np.arange(n) < n // 2, -0.1, -np.inf)
+        problem = qpsolvers.Problem((P + P.T) / 2, q, A=np.ones((1, n)), b=np.ones(1), lb=lb)
+        solution = qpsolvers.solve_problem(problem, "bcd")
+        assert np.abs(problem.P @ solution.x + q).max() > 1e5
+        assert solution.extras["gap"] == np.inf
+        assert solution.is_optimal(1e-6), (seed, solution.dual_residual(), solution.duality_gap())
+
+
+@pytest.mark.parametrize("reached", [1e-2, 1e-5])
+def test_the_second_run_is_as_strict_as_the_gradient_is_large(monkeypatch, reached):
+    """Whatever the first run reached: a violation of 2e-7 is 2e-13 of a gradient of 1e6."""
+    solve, asked = QP.solve, []
+
+    def recorded(self, *args, **options):
+        result = solve(self, *args, **options)
+        asked.append(options.get("tol"))
+        if len(asked) == 1:
+            result.certificate = replace(result.certificate, violation=reached)
+        return result
+
+    monkeypatch.setattr(QP, "solve", recorded)
+    q = np.array([1e6, 1e6, 0.0])
+    qpsolvers.solve_problem(qpsolvers.Problem(np.eye(3), q, A=np.ones((1, 3)), b=np.ones(1)), "bcd")
+    assert asked[0] is None
+    assert 0.5e-13 <= asked[1] <= 4e-13
 
 
 def test_registering_twice_lists_it_once():

@@ -525,6 +525,46 @@ def test_contradictions_are_found_with_the_rows(name):
         Program.of(np.eye(2), np.zeros(2), **rows).form()
 
 
+SMALL_CONTRADICTIONS = {
+    "box": dict(lb=[2, 0], ub=[1, 1]),
+    "box and row": dict(A=[[3, 0]], b=[6], lb=0, ub=1),
+    "rows": dict(G=[[1, 0], [-2, 0]], h=[1, -4], lb=-9, ub=9),
+    "the same sum twice": dict(A=[[1, 1], [2, 2]], b=[1, 3], lb=0, ub=9),
+    "range": dict(G=[[1, 1], [-1, -1]], h=[1, -2]),
+    "empty row": dict(A=[[0, 0]], b=[1]),
+    "copies": dict(A=[[1, -2], [1, -2]], b=[1, 2]),
+}
+
+
+@pytest.mark.parametrize("size", [1e-10, 1.0, 1e10])
+@pytest.mark.parametrize("name", SMALL_CONTRADICTIONS)
+def test_contradictions_are_found_in_any_unit(name, size):
+    rows = {
+        key: value if key in "AG" else size * np.asarray(value, float)
+        for key, value in SMALL_CONTRADICTIONS[name].items()
+    }
+    with pytest.raises(bcd.InfeasibleError):
+        Program.of(np.eye(2), np.zeros(2), **rows).form()
+
+
+@pytest.mark.parametrize("size", [1e-10, 1.0, 1e9])
+def test_rounding_is_no_contradiction_in_any_unit(size):
+    """Sums and bounds that cross by the last digit, also where they are what large terms have left."""
+    A = [[1, 1, 1, 0], [3, 3, 3, 0], [-7, -7, -7, 0], [0, 0, 0, 3]]
+    b = size * np.array([0, 2e-16, -5e-16, 2.1])  # of x = (0.1, 0.2, -0.3, 0.7), and rounding
+    form = Program.of(np.eye(4), np.zeros(4), A, b, [[0, 0, 0, 0.3]], [size * 0.21], lb=-size, ub=size).form()
+    assert form.lower[3] == form.upper[3]
+    A, b = [[1, -1, 0], [0, 1, 1]], [size * (0.1 + 0.2), size]  # x_1 = x_0 - 0.3 is at most 0.3 - 0.3, at least 0
+    form = Program.of(np.eye(3), np.zeros(3), A, b, [[3, 0, 0]], [size * 0.9], lb=[-np.inf, 0, -size]).form()
+    assert (form.lower == form.upper).sum() == 1
+
+
+def test_bounds_as_near_as_rounding_are_kept_apart_where_they_are_small():
+    form = Program.of(np.eye(2), np.zeros(2), lb=[0, 1e-17], ub=[1e-16, 3e-17]).form()
+    np.testing.assert_array_equal(form.upper, [1e-16, 3e-17])
+    np.testing.assert_array_equal(form.lower, [0, 1e-17])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
