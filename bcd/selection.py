@@ -24,6 +24,9 @@ A rule is any object with two methods (state is a value: a rule never changes it
 ``at`` is the current :class:`bcd.problem.Point` (``grad``, ``lipschitz``, ``diagonal``, ``column(i)``),
 ``moves`` the :class:`bcd.constraints.Moves` (``rise``, ``fall``, ``labels``).
 
+Rules for blocks of parameters that share a budget (BlockLLM and its kin) are in :mod:`bcd.budget` and can be
+imported from here.
+
 Sources: Ramesh, Mishkin, Schmidt, Zhou, Lavington, She (arXiv 2307.01169), sections 2 to 4; Fan, Chen,
 Lin (JMLR 6, 2005) for WSS2; Beck (JOTA 162, 2014) for GS-s; Nutini, Laradji, Schmidt (JMLR 23, 2022)
 for GS-q and GSL.
@@ -39,25 +42,43 @@ import numpy as np
 
 from bcd import _compiled
 from bcd._check import group_labels, groups_message, not_finite
+from bcd.budget import (
+    BLOCK_RULES,
+    BlockRule,
+    CyclicBlocks,
+    Fill,
+    GreedyBlocks,
+    ImportanceBlocks,
+    RandomBlocks,
+    fill_budget,
+)
 
 if TYPE_CHECKING:
     from bcd.constraints import Moves
     from bcd.problem import Point
 
 __all__ = [
+    "BLOCK_RULES",
     "GS",
     "GS1",
     "GSL",
     "RULES",
     "WSS2",
+    "BlockRule",
     "Cyclic",
+    "CyclicBlocks",
+    "Fill",
     "GS1Block",
     "GSq",
     "GSs",
+    "GreedyBlocks",
+    "ImportanceBlocks",
+    "RandomBlocks",
     "RandomPair",
     "RandomPermutation",
     "Rule",
     "Selection",
+    "fill_budget",
     "resolve_rule",
     "steepest_l1",
 ]

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""AdamW on tensors: the update, its direction, and the roundings of low precision. No classes, no state.
+
+With gradient g, moments m and v and the t-th step (Loshchilov, Hutter, arXiv 1711.05101; the operations and their
+order are those of :class:`torch.optim.AdamW`)::
+
+    w <- w - lr * weight_decay * w
+    m <- beta1 m + (1 - beta1) g,    v <- beta2 v + (1 - beta2) g^2
+    w <- w - lr * m^ / (sqrt(v^) + eps),    m^ = m / (1 - beta1^t),  v^ = v / (1 - beta2^t)
+
+Everything works in place on float32 (or float64) tensors of one shape.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "GROUP",
+    "Hyper",
+    "adam_direction",
+    "adamw_",
+    "compand",
+    "expand",
+    "first_direction",
+    "state_free_",
+    "stochastic_round",
+]
+
+GROUP = 256  # entries that share a scale in 8-bit states
+
+
+class Hyper(NamedTuple):
+    """Numbers of one parameter group."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, hyper: Hyper) -> None:
+    """Step number ``step`` (from 1) of AdamW; changes weight and both moments.
+
+    Examples
+    --------
+    >>> w, m, v = torch.ones(1), torch.zeros(1), torch.zeros(1)
+    >>> adamw_(w, torch.tensor([5.0]), m, v, 1, Hyper(0.1, 0.9, 0.999, 1e-8, 0.0))
+    >>> w
+    tensor([0.9000])
+    """
+    if hyper.weight_decay:
+        weight.mul_(1 - hyper.lr * hyper.weight_decay)
+    exp_avg.lerp_(grad, 1 - hyper.beta1)
+    exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
+    root = (1 - hyper.beta2**step) ** 0.5
+    weight.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / root).add_(hyper.eps), value=-hyper.lr / (1 - hyper.beta1**step))
+
+
+def adam_direction(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, hyper: Hyper) -> Tensor:
+    """``m^ / (sqrt(v^) + eps)`` as step number ``step`` would have it after this gradient; changes nothing."""
+    mean = torch.lerp(exp_avg, grad, 1 - hyper.beta1)
+    square = (exp_avg_sq * hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
+    root = square.sqrt_().div_((1 - hyper.beta2**step) ** 0.5).add_(hyper.eps)
+    return mean.div_(1 - hyper.beta1**step).div_(root)
+
+
+def first_direction(grad: Tensor, eps: float) -> Tensor:
+    """The same for an entry without moments: ``g / (|g| + eps)``, Adam's first step."""
+    return grad / grad.abs().add_(eps)
+
+
+def state_free_(weight: Tensor, grad: Tensor, kind: str, lr: float) -> None:
+    """``w <- w - lr * sign(g)``, or ``g`` in place of its sign if kind is "sgd"."""
+    weight.add_(grad.sign() if kind == "sign" else grad, alpha=-lr)
+
+
+def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Float32 to bfloat16, up or down with probabilities that make the expectation exact.
+
+    Parameters
+    ----------
+    value : Tensor of float32
+    generator : Generator
+        On the device of ``value``.
+
+    Returns
+    -------
+    Tensor of bfloat16
+        ``value`` itself where bfloat16 can hold it.
+    """
+    bits = value.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=value.device, generator=generator)
+    return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+def compand(value: Tensor, signed: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Eight bits an entry: code c stands for ``scale * (c / 127)^2`` with c's sign, or ``scale * (c / 255)^4``.
+
+    The scale is the largest of each 256 consecutive entries. Rounding is stochastic and exact in expectation, but a
+    positive entry of an unsigned tensor never becomes 0 (a second moment divides).
+
+    Parameters
+    ----------
+    value : Tensor of float32, shape (n,)
+        Non-negative unless ``signed``.
+    signed : bool
+    generator : Generator
+
+    Returns
+    -------
+    codes : Tensor of int8 (signed) or uint8, shape (n,)
+    scales : Tensor of float32, shape (ceil(n / 256),)
+    """
+    groups = torch.nn.functional.pad(value, (0, -value.numel() % GROUP)).view(-1, GROUP)
+    scale = groups.abs().amax(1)
+    share = (groups / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).view(-1)[: value.numel()]
+    top, power = (127, 2) if signed else (255, 4)
+    size = share.abs()
+    low = (size ** (1 / power) * top).floor_().clamp_(max=top - 1)
+    below, above = (low / top) ** power, ((low + 1) / top) ** power
+    up = torch.rand(size.shape, device=size.device, generator=generator) < (size - below) / (above - below)
+    code = low + up
+    if signed:
+        return code.copysign_(share).to(torch.int8), scale
+    return torch.where(size > 0, code.clamp_(min=1), code).to(torch.uint8), scale
+
+
+def expand(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 values that :func:`compand` stored."""
+    share = codes.float()
+    share = share.abs() * share / 127**2 if codes.dtype == torch.int8 else (share / 255) ** 4
+    return share * scales.repeat_interleave(GROUP)[: codes.numel()]

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Scores of all blocks from one backward pass without ever holding the whole gradient.
+
+For a slice b with gradient g_b the census stores ``||G~_b||^2``, where G~ is the gradient itself (``score="grad"``)
+or Adam's direction (``score="adam"``): ``m^ / (sqrt(v^) + eps)`` where there are moments, else ``g / (|g| + eps)``.
+A post-accumulate hook hands in one tensor's gradient at a time and frees it afterwards.
+
+For single entries it also stores a histogram of |G~| per tensor. A bin holds the floats that agree in sign, exponent
+and four bits of the fraction, so that bins are log-spaced (1/16 apart) and their numbers are ordered like the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.adam import Hyper, first_direction
+from llm.blocks import Blocks
+from llm.compact import Part
+from llm.moments import CHUNK, Cohort, active_directions
+
+__all__ = ["BINS", "Census", "entry_counts"]
+
+BINS = 1 << 12
+_SHIFT = 19  # 8 bits of exponent and 4 of the fraction are left of a float32 without its sign
+PROBED = 8  # census="probe": one in so many inactive tensors has its turn
+AGEING = 0.9  # factor on a score for every census in which its tensor had no turn
+
+
+def _bins(size: Tensor) -> Tensor:
+    """How many of these non-negative values fall in each bin, int64 of shape (BINS,)."""
+    codes = size.float().contiguous().view(torch.int32) >> _SHIFT
+    return torch.bincount(codes, minlength=BINS)[:BINS]
+
+
+def _pieces(size: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Cut ``size`` entries into runs of whole slices, or into pieces of one slice where that is too large."""
+    step = CHUNK // unit * unit
+    for lo in range(0, size, step or unit):
+        hi = min(size, lo + (step or unit))
+        yield from ((a, min(hi, a + CHUNK)) for a in range(lo, hi, step or CHUNK))
+
+
+class Census:
+    """What is known of the blocks since the last switch.
+
+    Attributes
+    ----------
+    squares : dict of int to Tensor of float32, shape (slices,)
+        By position: the square of the norm of G~ on every slice.
+    counts : dict of int to Tensor of int64, shape (BINS,)
+        By position: the histogram of |G~|; only with ``entries``.
+    age : dict of int to int
+        Censuses since that position's turn.
+    turns : set of int
+        Inactive positions whose gradients this census wants.
+    turn : int
+        Where the next probe begins.
+    """
+
+    def __init__(self, blocks: Blocks, score: str) -> None:
+        self.blocks, self.score, self.entries = blocks, score, blocks.granularity == "entries"
+        self.squares: dict[int, Tensor] = {}
+        self.counts: dict[int, Tensor] = {}
+        self.age: dict[int, int] = {}
+        self.turns: set[int] = set()
+        self.turn = 0
+        self._seen: set[int] = set()
+
+    def begin(self, idle: list[int], probe: bool) -> None:
+        """Start anew.
+
+        Parameters
+        ----------
+        idle : list of int
+            Positions of the inactive parameters.
+        probe : bool
+            Only some of them have a turn, and the scores of the others stay, a census older.
+        """
+        self.age = {position: age + 1 for position, age in self.age.items()} if probe else {}
+        if not probe:
+            self.squares, self.counts = {}, {}
+        order = [k for k in idle if k >= self.turn] + [k for k in idle if k < self.turn]
+        turns = order[: -(-len(order) // PROBED)] if probe else order
+        self.turn = turns[-1] + 1 if turns else self.turn
+        self.turns, self._seen = set(turns), set()
+
+    def restart(self) -> None:
+        """Forget which gradients came, because they were thrown away."""
+        self._seen = set()
+
+    def add(
+        self,
+        position: int,
+        grad: Tensor,
+        part: Part | None = None,
+        cohorts: list[Cohort] | None = None,
+        *,
+        hyper: Hyper,
+    ) -> None:
+        """Reduce a gradient to scores; only the first of a window counts, unless it was not finite.
+
+        Parameters
+        ----------
+        position : int
+            Of the parameter.
+        grad : Tensor
+            Dense, of the parameter's shape; not changed.
+        part, cohorts
+            Its active part and the moments of that, for ``score="adam"``.
+        hyper : Hyper
+            Of its group.
+        """
+        new, counts = self._reduced(position, grad, part, cohorts or [], hyper)
+        if position in self._seen:
+            keep = self.squares[position].isfinite().all()
+            new = torch.where(keep, self.squares[position], new)
+            counts = torch.where(keep, self.counts[position], counts) if self.entries else counts
+        self.squares[position], self.age[position] = new, 0
+        if self.entries:
+            self.counts[position] = counts
+        self._seen.add(position)
+
+    def _reduced(
+        self, position: int, grad: Tensor, part: Part | None, cohorts: list[Cohort], hyper: Hyper
+    ) -> tuple[Tensor, Tensor]:
+        unit = self.blocks.units[position]
+        squares = grad.new_zeros(self.blocks.slices(position), dtype=torch.float32)
+        counts = torch.zeros(BINS if self.entries else 0, dtype=torch.int64, device=grad.device)
+        entries = grad.reshape(-1)
+        for a, b in _pieces(entries.numel(), unit):
+            piece = self._processed(entries[a:b], hyper)
+            sums = piece.square().view(-1, min(unit, b - a)).sum(1)
+            squares[a // unit : a // unit + len(sums)] += sums
+            if self.entries:
+                counts += _bins(piece.abs())
+        if self.score == "adam" and part is not None:
+            self._correct(squares, counts, grad, part, cohorts, hyper)
+        return squares, counts
+
+    def _processed(self, grad: Tensor, hyper: Hyper) -> Tensor:
+        grad = grad.float()
+        return first_direction(grad, hyper.eps) if self.score == "adam" else grad
+
+    def _correct(
+        self, squares: Tensor, counts: Tensor, grad: Tensor, part: Part, cohorts: list[Cohort], hyper: Hyper
+    ) -> None:
+        """Replace what was counted for entries that have moments by Adam's direction there."""
+        unit = grad.numel() // len(squares)
+        for a, b, direction, where, raw in active_directions(grad, part, cohorts, hyper):
+            naive = first_direction(raw, hyper.eps).float()
+            gain = (direction.float().square() - naive.square()).view(-1, min(part.unit, b - a)).sum(1)
+            if isinstance(where, slice):
+                squares[where.start // unit] += gain[0]
+            else:
+                squares.index_add_(0, where.long() * part.unit // unit, gain)
+            if self.entries:
+                counts += _bins(direction.abs()) - _bins(naive.abs())
+        squares.clamp_(min=0)
+
+    def norms(self) -> Tensor:
+        """``||G~||`` of every parameter, float32 of shape (parameters,) on the CPU; 0 where nothing was seen."""
+        every = range(len(self.blocks.names))
+        known = {p: self._aged(p).sum().sqrt().cpu() for p in self.squares}
+        return torch.stack([known.get(p, torch.zeros(())) for p in every])
+
+    def scores(self) -> Tensor:
+        """``||G~_b||`` of every block, float32 of shape (blocks,) on the CPU; 0 where nothing was seen."""
+        total = torch.zeros(len(self.blocks.cost))
+        for position in self.squares:
+            first, squares = self.blocks.first[position], self._aged(position).cpu()
+            total[first : first + len(squares)] += squares
+        return total.sqrt()
+
+    def _aged(self, position: int) -> Tensor:
+        return self.squares[position] * AGEING ** (2 * self.age[position])
+
+    def histogram(self, position: int) -> Tensor:
+        """Counts of |G~| of a parameter, on the CPU; every entry in the lowest bin where nothing was seen."""
+        if position in self.counts:
+            return self.counts[position].cpu()
+        none = torch.zeros(BINS, dtype=torch.int64)
+        none[0] = self.blocks.sizes[position]
+        return none
+
+    def not_finite(self) -> list[str]:
+        """Names of parameters with a NaN or infinity in their gradient."""
+        return [self.blocks.names[p] for p, squares in self.squares.items() if not bool(squares.isfinite().all())]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, ages and turns (a census is taken within one step, so that nothing else outlives it)."""
+        return {"squares": dict(self.squares), "age": dict(self.age), "turns": sorted(self.turns), "turn": self.turn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.squares, self.age = dict(state["squares"]), dict(state["age"])
+        self.turns, self.turn = set(state["turns"]), state["turn"]
+        self.counts, self._seen = {}, set()
+
+
+def entry_counts(histograms: list[Tensor], budget: int) -> list[int]:
+    """How many entries of each tensor are among the ``budget`` largest of all.
+
+    Parameters
+    ----------
+    histograms : list of Tensor of int64, shape (BINS,)
+    budget : int
+
+    Returns
+    -------
+    list of int
+        They add up to ``budget``, or to all entries if those are fewer. Of the bin that the threshold cuts, tensors
+        are served in order.
+
+    Examples
+    --------
+    >>> entry_counts([torch.tensor([5, 2, 1]), torch.tensor([0, 3, 2])], 6)
+    [3, 3]
+    """
+    table = torch.stack(histograms)
+    above = table.flip(1).cumsum(1).flip(1)  # entries in this bin or a higher one
+    total = above.sum(0)
+    enough = (total >= budget).nonzero().squeeze(1)
+    cut = int(enough[-1]) if len(enough) else 0
+    sure = above[:, cut + 1] if cut + 1 < table.shape[1] else torch.zeros_like(table[:, 0])
+    room = max(0, budget - int(sure.sum()))
+    level = table[:, cut]
+    before = level.cumsum(0) - level
+    return (sure + (room - before).clamp(min=torch.zeros_like(level), max=level)).tolist()

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Moments of the active part of a parameter, the update that uses them, and what stays of them at a switch.
+
+Slices that became active together form a cohort: a dict of plain values and tensors with their common step count,
+so that each cohort is bias-corrected as if it were a parameter of its own::
+
+    count        slices, in the order of the part's index
+    step         updates so far
+    ramp         steps over which the rate rises to lr after a switch; 0: none
+    exp_avg, exp_avg_sq             shape (count, unit), from the first update on; 8-bit codes have
+    exp_avg_scale, exp_avg_sq_scale    scales beside them
+    master       float32 weights, with precision "fp32-active"
+
+State of a parameter is ``{"index", "unit", "cohorts"}``; released cohorts that are kept have an index and a unit of
+their own and lie on its ``"shelf"``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.adam import GROUP, Hyper, adam_direction, adamw_, compand, expand, stochastic_round
+from llm.compact import CompactGrad, Part, flat
+
+__all__ = ["STATES", "active_directions", "bytes_per_entry", "regroup", "round_to", "update_"]
+
+STATES = ("fp32", "bf16", "8bit")
+CHUNK = 1 << 20  # entries that are updated at a time, which bounds the temporary memory
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+Cohort = dict[str, Any]
+
+
+def bytes_per_entry(states: str) -> float:
+    """Bytes of both moments of an active entry."""
+    return {"fp32": 8.0, "bf16": 4.0, "8bit": 2.0 + 8.0 / GROUP}[states]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a parameter of this type is updated: float32, or float64 where it is that."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def round_to(value: Tensor, dtype: torch.dtype, stochastic: bool, generator: torch.Generator) -> Tensor:
+    """``value`` as ``dtype``: to the nearest, or stochastically where that is asked for and dtype is bfloat16."""
+    return stochastic_round(value, generator) if stochastic and dtype == torch.bfloat16 else value.to(dtype)
+
+
+def _spans(part: Part, size: int, lo: int, hi: int) -> Iterator[tuple[int, int, slice | Tensor]]:
+    """Pieces of the slices lo, ..., hi - 1 of a part: where they are in the part, and in the parameter.
+
+    Large slices are cut and named by a slice of entries, small ones are taken together and named by their index.
+    """
+    unit = part.unit
+    if unit == size or (unit >= CHUNK and unit % GROUP == 0):
+        places = [0] if unit == size else part.where[lo:hi].tolist()
+        for k, place in enumerate(places, lo):
+            for a in range(0, unit, CHUNK):
+                b = min(unit, a + CHUNK)
+                yield k * unit + a, k * unit + b, slice(place * unit + a, place * unit + b)
+        return
+    aligned = GROUP // math.gcd(unit, GROUP)  # slices between two places where a scale of 8-bit states begins
+    together = max(1, CHUNK // unit // aligned) * aligned
+    for k in range(lo, hi, together):
+        stop = min(hi, k + together)
+        yield k * unit, stop * unit, part.where[k:stop]
+
+
+def _begin(cohort: Cohort, unit: int, states: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Zero moments."""
+    shape = (cohort["count"], unit)
+    low = {"bf16": (torch.bfloat16, torch.bfloat16), "8bit": (torch.int8, torch.uint8)}
+    for name, kind in zip(_MOMENTS, low.get(states, (dtype, dtype)), strict=True):
+        cohort[name] = torch.zeros(shape, dtype=kind, device=device)
+        if states == "8bit":
+            scales = -(-cohort["count"] * unit // GROUP)
+            cohort[name + "_scale"] = torch.zeros(scales, device=device)
+
+
+def _read(cohort: Cohort, name: str, a: int, b: int, dtype: torch.dtype) -> Tensor:
+    """Entries a, ..., b - 1 of a moment in the working type; a view if they are stored so."""
+    stored = cohort[name].view(-1)[a:b]
+    if name + "_scale" in cohort:
+        return expand(stored, cohort[name + "_scale"][a // GROUP : -(-b // GROUP)])
+    return stored.to(dtype)
+
+
+def _write(cohort: Cohort, name: str, a: int, b: int, value: Tensor, generator: torch.Generator) -> None:
+    stored = cohort[name].view(-1)[a:b]
+    if name + "_scale" in cohort:
+        codes, scales = compand(value, name == "exp_avg", generator)
+        stored.copy_(codes)
+        cohort[name + "_scale"][a // GROUP : -(-b // GROUP)] = scales
+    elif stored.dtype != value.dtype:
+        stored.copy_(round_to(value, stored.dtype, True, generator))
+
+
+def update_(
+    param: Tensor,
+    grad: Tensor,
+    part: Part,
+    cohorts: list[Cohort],
+    hyper: Hyper,
+    *,
+    states: str = "fp32",
+    precision: str = "stochastic",
+    scale: float = 1.0,
+    generator: torch.Generator,
+) -> None:
+    """One AdamW step on the active entries of ``param``.
+
+    Parameters
+    ----------
+    param : Tensor
+        Changed in its active entries, and there alone.
+    grad : Tensor
+        Dense if the part is the whole tensor, else a :class:`CompactGrad` of this part.
+    part : Part
+    cohorts : list of dict
+        Changed: steps count up, moments move (and are made at the first step).
+    hyper : Hyper
+    states : {"fp32", "bf16", "8bit"}
+        How moments that are made here are stored; low-precision ones are rounded stochastically.
+    precision : {"stochastic", "fp32-active"}
+        For parameters below float32: round the new weight stochastically, or keep float32 copies of active entries.
+    scale : float
+        Multiplies the gradient (clipping).
+    generator : Generator
+        Of the roundings; on the device of ``param``.
+    """
+    size, dtype = param.numel(), working_dtype(param.dtype)
+    entries = flat(param)
+    gradient = (grad.active if isinstance(grad, CompactGrad) else grad).reshape(-1)
+    lo = 0
+    for cohort in cohorts:
+        if "exp_avg" not in cohort:
+            _begin(cohort, part.unit, states, dtype, param.device)
+            if precision == "fp32-active" and dtype != param.dtype:
+                cohort["master"] = _taken(entries, part, lo, cohort["count"]).to(dtype)
+        cohort["step"] += 1
+        rate = hyper._replace(lr=hyper.lr * min(1.0, cohort["step"] / (cohort["ramp"] or 1)))
+        start = lo * part.unit
+        for a, b, where in _spans(part, size, lo, lo + cohort["count"]):
+            piece = gradient[a:b].to(dtype)
+            piece = piece * scale if scale != 1.0 else piece
+            _update_span(entries, where, piece, cohort, (a - start, b - start), rate, part.unit, precision, generator)
+        lo += cohort["count"]
+    if not param.is_contiguous():  # its layout is not that of a vector
+        param.detach().copy_(entries.view(param.shape))
+
+
+def _taken(entries: Tensor, part: Part, lo: int, count: int) -> Tensor:
+    if part.unit == entries.numel():
+        return entries.clone().view(1, -1)
+    return entries.view(-1, part.unit)[part.where[lo : lo + count]]
+
+
+def _update_span(
+    entries: Tensor,
+    where: slice | Tensor,
+    grad: Tensor,
+    cohort: Cohort,
+    span: tuple[int, int],
+    hyper: Hyper,
+    unit: int,
+    precision: str,
+    generator: torch.Generator,
+) -> None:
+    a, b = span
+    stored = entries[where] if isinstance(where, slice) else entries.view(-1, unit)[where].view(-1)
+    weight = cohort["master"].view(-1)[a:b] if "master" in cohort else stored.to(grad.dtype)
+    mean, square = (_read(cohort, name, a, b, grad.dtype) for name in _MOMENTS)
+    adamw_(weight, grad, mean, square, cohort["step"], hyper)
+    _write(cohort, "exp_avg", a, b, mean, generator)
+    _write(cohort, "exp_avg_sq", a, b, square, generator)
+    if isinstance(where, slice):
+        if weight is not stored:
+            stored.copy_(round_to(weight, stored.dtype, precision == "stochastic", generator))
+    else:
+        new = round_to(weight, entries.dtype, precision == "stochastic", generator)
+        entries.view(-1, unit)[where] = new.view(-1, unit)
+
+
+def active_directions(
+    grad: Tensor, part: Part, cohorts: list[Cohort], hyper: Hyper
+) -> Iterator[tuple[int, int, Tensor, slice | Tensor, Tensor]]:
+    """Adam's direction of the active entries that have moments, piece by piece.
+
+    Yields
+    ------
+    start, stop : int
+        Which entries of the part.
+    direction : Tensor, shape (stop - start,)
+    where : slice of entries, or Tensor
+        The same in the parameter, as entries or as an index of slices.
+    grad : Tensor, shape (stop - start,)
+        The gradient there.
+    """
+    entries, lo = grad.reshape(-1), 0
+    for cohort in cohorts:
+        start = lo * part.unit
+        if "exp_avg" in cohort:
+            for a, b, where in _spans(part, grad.numel(), lo, lo + cohort["count"]):
+                piece = entries[where] if isinstance(where, slice) else entries.view(-1, part.unit)[where].view(-1)
+                piece = piece.to(working_dtype(piece.dtype))
+                mean, square = (_read(cohort, name, a - start, b - start, piece.dtype) for name in _MOMENTS)
+                yield a, b, adam_direction(piece, mean, square, cohort["step"] + 1, hyper), where, piece
+        lo += cohort["count"]
+
+
+# -- what stays at a switch ------------------------------------------------------------------------
+
+
+def regroup(
+    state: dict[str, Any], part: Part, ramp: int, moments: str, generator: torch.Generator
+) -> tuple[dict[str, Any], Part]:
+    """State of a parameter for a new active part: slices that had moments keep them, the others start anew.
+
+    Parameters
+    ----------
+    state : dict
+        Of the part before; may be empty. Not changed.
+    part : Part
+        With an index.
+    ramp : int
+        Of the slices that start anew.
+    moments : {"reset", "offload", "keep"}
+        Whether moments of released slices are dropped, moved to the CPU, or left where they are.
+    generator : Generator
+        For 8-bit moments, which are stored anew.
+
+    Returns
+    -------
+    state : dict
+    part : Part
+        The same slices in the order of the cohorts.
+    """
+    sources = _records(state) + state.get("shelf", [])
+    if not sources:
+        new = {"count": part.count, "step": 0, "ramp": ramp}
+        return {"index": part.where, "unit": part.unit, "cohorts": [new]}, part
+    device = part.where.device
+    fresh = torch.ones(part.count, dtype=torch.bool, device=device)
+    order, cohorts, released = [], [], []
+    for record in sources:
+        slot, offset, held = _places(record, part)
+        fresh &= ~held
+        if bool(held.any()):
+            cohorts.append(_moved(record, slot[held], offset[held], part.unit, generator))
+            order.append(part.where[held])
+        if moments != "reset" and record["unit"] == part.unit:
+            released += _released(record, slot[held], moments, generator)
+    if bool(fresh.any()):
+        cohorts.append({"count": int(fresh.sum()), "step": 0, "ramp": ramp})
+        order.append(part.where[fresh])
+    index = torch.cat(order)
+    after: dict[str, Any] = {"index": index, "unit": part.unit, "cohorts": cohorts}
+    return (after | {"shelf": released} if released else after), part.at(index)
+
+
+def shelve(state: dict[str, Any], moments: str, generator: torch.Generator) -> dict[str, Any]:
+    """State of a parameter none of which is active any more."""
+    if moments == "reset":
+        return {}
+    none = torch.zeros(0, dtype=torch.int64)
+    shelf = [kept for record in _records(state) for kept in _released(record, none, moments, generator)]
+    shelf += state.get("shelf", [])
+    return {"shelf": shelf} if shelf else {}
+
+
+def _records(state: dict[str, Any]) -> list[Cohort]:
+    """Cohorts with moments, each with its own index and unit."""
+    records, lo = [], 0
+    for cohort in state.get("cohorts", []):
+        own = {"index": state["index"][lo : lo + cohort["count"]], "unit": state["unit"]}
+        records += [cohort | own] if "exp_avg" in cohort else []
+        lo += cohort["count"]
+    return records
+
+
+def _places(record: Cohort, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """For every slice of the part: the slot of a record that holds it, the offset in that slot, and if there is one."""
+    wanted, index = part.where, record["index"].to(part.where.device)
+    ratio = record["unit"] // part.unit
+    if record["unit"] % part.unit:  # coarser than the record: its entries may have different step counts
+        none = torch.zeros_like(wanted, dtype=torch.int64)
+        return none, none, none.bool()
+    parent = wanted // ratio
+    ordered, order = index.sort()
+    place = torch.searchsorted(ordered, parent).clamp_(max=len(ordered) - 1)
+    return order[place], (wanted % ratio).long(), ordered[place] == parent
+
+
+def _moved(record: Cohort, slot: Tensor, offset: Tensor, unit: int, generator: torch.Generator) -> Cohort:
+    """A cohort of some slices of a record (cut to ``unit`` where that is finer), on the device of ``slot``."""
+    cohort = {key: record[key] for key in ("step", "ramp")} | {"count": len(slot)}
+    count = record["count"]
+    same = unit == record["unit"] and len(slot) == count and torch.equal(slot, torch.arange(count).to(slot))
+    for name in (*_MOMENTS, "master"):
+        if name in record:
+            scales = record.get(name + "_scale")
+            stored = expand(record[name].view(-1), scales) if scales is not None and not same else record[name]
+            table = stored.view(count, -1, unit)
+            at = (slot.to(table.device), offset.to(table.device))
+            cohort[name] = (stored if same else table[at]).to(slot.device)
+            if scales is not None and same:
+                cohort[name + "_scale"] = scales.to(slot.device)
+            elif scales is not None:
+                codes, cohort[name + "_scale"] = compand(cohort[name].view(-1), name == "exp_avg", generator)
+                cohort[name] = codes.view(len(slot), unit)
+    return cohort
+
+
+def _released(record: Cohort, taken: Tensor, moments: str, generator: torch.Generator) -> list[Cohort]:
+    """The slices of a record that nobody took, as a record for the shelf."""
+    free = torch.ones(record["count"], dtype=torch.bool, device=taken.device)
+    free[taken] = False
+    slot = free.nonzero().squeeze(1)
+    if not len(slot):
+        return []
+    where = torch.device("cpu") if moments == "offload" else record["exp_avg"].device
+    kept = _moved(record, slot.to(record["exp_avg"].device), torch.zeros_like(slot), record["unit"], generator)
+    kept = {key: value.to(where) if isinstance(value, Tensor) else value for key, value in kept.items()}
+    return [kept | {"index": record["index"][slot.to(record["index"].device)].to(where), "unit": record["unit"]}]

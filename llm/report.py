@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a BlockLLM optimizer is doing: who is active, what that costs, and who was active when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llm.compact import CompactGrad
+
+if TYPE_CHECKING:
+    from llm.optimizer import BlockLLM
+
+__all__ = ["memory", "plot", "report"]
+
+
+def report(optimizer: BlockLLM) -> dict[str, Any]:
+    """Plain values for a log.
+
+    Returns
+    -------
+    dict
+        ``steps``, ``switches`` (the first choice included), ``budget`` and ``active entries`` (counts), ``share`` of
+        all parameters, ``active`` (entries by parameter), ``grad norm`` and ``loss`` of the last step (None if
+        unknown), ``memory`` (:func:`memory`) and ``history``: per switch its step, reason and active entries.
+    """
+    active = optimizer.active()
+    return {
+        "steps": optimizer.steps,
+        "switches": len(optimizer.history),
+        "budget": optimizer.budget,
+        "active entries": sum(active.values()),
+        "share": sum(active.values()) / optimizer.blocks.total,
+        "active": active,
+        "grad norm": optimizer.grad_norm,
+        "loss": optimizer.loss,
+        "memory": memory(optimizer),
+        "history": [
+            {**switch, "entries": dict(zip(optimizer.blocks.names, switch["entries"], strict=True))}
+            for switch in optimizer.history
+        ],
+    }
+
+
+def memory(optimizer: BlockLLM) -> dict[str, int]:
+    """Bytes of what is alive now: weights, gradients, moments, indices, float32 copies, and what lies on the shelf."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    bytes_of = dict.fromkeys(("weights", "gradients", "moments", "indices", "masters", "shelf"), 0)
+    bytes_of["weights"] = sum(p.nbytes for p in params)
+    grads = [p.grad.active if isinstance(p.grad, CompactGrad) else p.grad for p in params if p.grad is not None]
+    bytes_of["gradients"] = sum(grad.nbytes for grad in grads)
+    for state in optimizer.state.values():
+        for cohort in state.get("cohorts", ()):
+            masters = cohort["master"].nbytes if "master" in cohort else 0
+            bytes_of["masters"] += masters
+            bytes_of["moments"] += sum(t.nbytes for t in _tensors(cohort)) - masters
+        bytes_of["indices"] += state["index"].nbytes if "index" in state else 0
+        bytes_of["shelf"] += sum(t.nbytes for t in _tensors(state.get("shelf", [])))
+    return bytes_of
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
+
+
+def plot(optimizer: BlockLLM, path: Any = None) -> Any:
+    """Active share of every parameter between switches, parameters from the input upwards.
+
+    Parameters
+    ----------
+    optimizer : BlockLLM
+    path : str or Path, optional
+        Where to save the picture.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    from matplotlib.figure import Figure
+
+    sizes = torch.tensor([max(1, size) for size in optimizer.blocks.sizes])
+    shares = torch.tensor([switch["entries"] for switch in optimizer.history]).view(-1, len(sizes)) / sizes
+    edges = [switch["step"] for switch in optimizer.history] + [max(optimizer.steps, 1)]
+    figure = Figure(figsize=(8, max(3.0, 0.12 * len(sizes))), layout="constrained")
+    axes = figure.subplots()
+    for k, share in enumerate(shares):
+        width = max(edges[k + 1] - edges[k], 0)
+        extent = (edges[k], edges[k] + width, -0.5, len(sizes) - 0.5)
+        if width:
+            image = axes.imshow(
+                share[:, None].numpy(), extent=extent, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1
+            )
+    if len(shares) and edges[-1] > edges[0]:
+        axes.set_xlim(edges[0], edges[-1])
+        figure.colorbar(image, label="active share")
+    if len(sizes) <= 80:
+        axes.set_yticks(range(len(sizes)), optimizer.blocks.names, fontsize=5)
+    axes.set(xlabel="step", ylabel="parameter", ylim=(-0.5, len(sizes) - 0.5))
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
