@@ -4,15 +4,20 @@
 Every solver runs in a process of its own with two threads, one run at a time (:mod:`experiments.qp_workers`), and is
 judged by one float64 function (:mod:`experiments.qp_judge`). Ours gets tol = 1e-8. A peer gets, for each form of the
 problem that it takes, the loosest of its settings whose judged residual reaches 1e-8 as well; the time at that
-setting counts. Where none does, the setting with its best residual counts, and the peer is marked: it does not count
-as fast. The form that was fastest stands for the peer.
+setting counts. (Looser ones are not looked for where a run takes more than 5 s and LEFT_BEHIND times as long as
+another peer.) Where none does, the setting with its best residual counts, and the peer is marked: it does not count
+as fast. The form that was fastest stands for the peer. Where ours does not reach it, its ratio is 0.
 
-After that the solvers take turns: round r runs each once, and the medians are compared. Peers that were LEFT_BEHIND
-times slower than the best one are not run again, nor on the other seeds. A run that takes longer than CAP seconds is
-ended; a peer is not tried where what it took at the next smaller size, times the growth of the size to the power 3
-(to the power 1 for the sparse form of a factor model), is more than that.
+After that the solvers take turns: a turn is one call that is not timed and then the same number of timed calls for
+everyone, and the medians over the rounds are compared (those of the first calls too). Peers that were LEFT_BEHIND
+times slower than the best one are not run again, nor on the other seeds, nor are forms there that were SLOWER times
+slower than the best form of their solver. A run that takes longer than CAP seconds is ended, and a solver whose runs
+on a problem took that long together is not tried further on it. At a new size all forms are tried again, but for
+those where what they took at the next smaller size, times the growth of the size to the power 3 (to the power 1 for
+the sparse form of a factor model), is more than CAP.
 
-Besides: 10^6 variables against products with F, and solving again after a change (:func:`qp_problems.next_day`).
+Besides: the held-out seed, by the same function after all others; plain greedy pairs on the dense families; 10^6
+variables against products with F; and solving again after a change (:func:`qp_problems.next_day`).
 
 Environment: QP_PEERS_CASES="1e6;huge" runs the parts whose names contain a word, and saves nothing but the partial
 file; QP_PEERS_RESUME=1 takes finished parts from the partial file of an interrupted run.
@@ -34,21 +39,22 @@ import numpy as np
 
 from experiments import record
 from experiments.qp_judge import SNAPS, TOL, judge
-from experiments.qp_problems import AGAIN, CASES, FACTOR, HUGE, SEEDS, Case, Problem, next_day
+from experiments.qp_problems import AGAIN, CASES, FACTOR, HELD_OUT, HUGE, SEEDS, Case, Problem, next_day
 from experiments.qp_report import BARS, CAP, bars, draw, entry_of, most_accurate, reached, seconds, tables
-from experiments.qp_workers import EPS, HUGE_TOL, OURS, PEERS, THREADS, Worker, forms, ladder, write
+from experiments.qp_workers import EPS, GREEDY, HUGE_TOL, OURS, PEERS, THREADS, Worker, forms, ladder, write
 from experiments.svm_peers import touch_memory, two_cores
 
 TITLE = "Quadratic programs with a sum and bounds: solve_qp against eight QP solvers"
 SEED = SEEDS[0]
 ROUNDS = 3
-SHORT, SHORT_ROUNDS = 2.0, 9  # seconds of a round, and the rounds there are then
-AT_LEAST = 0.05  # seconds that a measurement should last: short calls are repeated in it
+SHORT, SHORT_ROUNDS = 1.0, 9  # seconds of a round, and the rounds there are then
+AT_LEAST, AT_MOST = 0.05, 0.2  # seconds that the shortest measurement should last, and the longest at most
+WARM = 2.0  # seconds; for longer calls caches do not matter, and they are not made once more before the clock starts
 LEFT_BEHIND = 3.0
-SLOWER = 2.0  # times; a form that is so much slower than another one of its solver is not tried at larger sizes
+SLOWER = 2.0  # times; a form that is so much slower than another one of its solver is not tried on the other seeds
 START = 4  # on the ladder where nothing is known: 1e-7
 NEWS = 2.0  # seconds; a longer run is a line of its own in the log
-STALLED = 5.0  # seconds; runs this slow are not tightened further once that no longer helps
+STALLED = 5.0  # seconds; settings of slower runs are not refined where that does not decide anything
 GRACE = 5.0  # seconds above CAP before a process is ended: some solvers end by themselves at CAP
 PATIENCE = 600.0  # seconds for imports, compilation and conversions, before the clock
 TOUCHED = 6 * 2**30  # bytes touched before anyone is timed
@@ -70,7 +76,7 @@ Results = dict[str, Any]
 
 
 def run(quick: bool) -> Results:
-    """Every case and seed, then 10^6 variables and solving again; quick: the small cases, one seed, one round."""
+    """Every case and seed, 10^6 variables, solving again, the held-out seed; quick: small cases, one round."""
     words = [word for word in os.environ.get("QP_PEERS_CASES", "").split(";") if word]
     with contextlib.ExitStack() as stack:
         stack.enter_context(two_cores())
@@ -100,7 +106,10 @@ def parts(bench: Bench, quick: bool) -> list[tuple[str, str, Callable[[], Result
     again = [case for case in AGAIN if not quick or case.n <= QUICK_N]
     found += [(f"huge, {huge.name}", "huge", lambda: huge_row(bench, huge))]
     found += [(f"again, {case.name}", "again", lambda c=case: again_row(bench, c)) for case in again]
-    return found
+    return found + [
+        (run_name(case, HELD_OUT), "held_out", lambda c=case: bench.compare(c, HELD_OUT))
+        for case in (cases[:1] if quick else cases)
+    ]
 
 
 def run_name(case: Case, seed: int) -> str:
@@ -123,6 +132,7 @@ def settings(rounds: int) -> Results:
         "rounds": [rounds, SHORT_ROUNDS if rounds > 1 else 1],
         "cap_seconds": CAP,
         "left_behind": LEFT_BEHIND,
+        "held_out_seed": HELD_OUT,
         "slower_form": SLOWER,
         "bars": BARS,
         "peers": versions,
@@ -154,8 +164,8 @@ class Bench:
 
     def __init__(self, folder: Path, rounds: int, partial: Path):
         self.folder, self.rounds, self.partial = folder, rounds, partial
-        self.workers = {solver: Worker(solver) for solver in (OURS, *PEERS)}
-        self.results: Results = {"runs": {}, "huge": {}, "again": {}}
+        self.workers = {solver: Worker(solver) for solver in (OURS, GREEDY, *PEERS)}
+        self.results: Results = {"runs": {}, "huge": {}, "again": {}, "held_out": {}}
         if os.environ.get("QP_PEERS_RESUME") and partial.exists():
             self.results |= json.loads(partial.read_text(encoding="utf-8"))
 
@@ -181,31 +191,43 @@ class Bench:
     def compare(self, case: Case, seed: int) -> Results:
         """Ours and every peer on a problem: settings first, then the timing in turns."""
         instance = self.instance(case, seed)
-        entries = {OURS: self.entry(instance, OURS, "", (np.nan,), 0)}
+        entries = {OURS: self.entry(instance, OURS, "", (np.nan,), 0, np.inf)}
+        if case.family != FACTOR and entries[OURS]["ladder"]:
+            tol = TOL * max(1.0, entries[OURS]["chosen"]["gradient"])
+            entries[GREEDY] = self.tried(instance, GREEDY, "", (tol,), entries)
         for solver in PEERS:
             for form in forms(solver, case.family == FACTOR):
-                entries[f"{solver}, {form}"] = self.tried(instance, solver, form)
+                entries[f"{solver}, {form}"] = self.tried(instance, solver, form, ladder(solver), entries)
         self.turns(instance, entries)
         for name, entry in entries.items():
             print(f"{instance.name:42} {name:26} {shown(entry)}", flush=True)
         free = entries[OURS]["chosen"]["free"] if entries[OURS]["ladder"] else np.nan
         return {"family": case.family, "n": case.n, "seed": seed, "free": free, "entries": entries}
 
-    def tried(self, instance: Instance, solver: str, form: str) -> Results:
-        """A peer in a form, unless what is known says that it is not worth it."""
+    def tried(self, instance: Instance, solver: str, form: str, rungs: tuple[float, ...], entries: Results) -> Results:
+        """A solver in a form, unless what is known says that it is not worth it."""
         known, known_n = self.known(instance.case)
-        earlier = known.get(f"{solver}, {form}", untried(solver, form))
+        earlier = known.get(f"{solver}, {form}" if form else solver, untried(solver, form))
         reason = why_not(earlier, known, known_n, instance.case)
         if reason:
             return untried(solver, form) | {"status": reason}
-        return self.entry(instance, solver, form, ladder(solver), earlier["rung"])
+        peers = [e for e in entries.values() if e["solver"] in PEERS and reached(e)]
+        best = min(map(seconds, peers), default=np.inf)
+        return self.entry(instance, solver, form, rungs, earlier["rung"], max(STALLED, LEFT_BEHIND * best))
 
-    def entry(self, instance: Instance, solver: str, form: str, rungs: tuple[float, ...], start: int) -> Results:
-        """Climb the ladder until the residual is small enough, and come down while it still is."""
+    def entry(
+        self, instance: Instance, solver: str, form: str, rungs: tuple[float, ...], start: int, slow: float
+    ) -> Results:
+        """Climb the ladder until the residual is small enough, and come down while it still is.
+
+        Runs of more than ``slow`` seconds have no part in the rounds anyway: from them it does not come down.
+        """
         entry = untried(solver, form)
         rung = min(start, len(rungs) - 1)
         if self.attempt(instance, entry, rungs[rung]):
-            while rung > 0 and self.attempt(instance, entry, rungs[rung - 1]):
+            while (
+                rung > 0 and entry["ladder"][-1]["seconds"] <= slow and self.attempt(instance, entry, rungs[rung - 1])
+            ):
                 rung -= 1
         else:
             while rung + 1 < len(rungs) and not hopeless(entry) and not self.attempt(instance, entry, rungs[rung + 1]):
@@ -220,7 +242,7 @@ class Bench:
 
     def attempt(self, instance: Instance, entry: Results, eps: float) -> bool:
         """One run at one setting, judged; whether it is accurate enough."""
-        answer = self.fit(instance, entry, eps, 1)
+        answer = self.fit(instance, entry, eps, 1, warm=False)
         entry["status"] = status_of(answer)
         if entry["status"] != "ok":
             return False
@@ -231,13 +253,13 @@ class Bench:
             print(f"{instance.name:42} {entry['solver']}, {entry['form']}, eps {eps:.0e}: {took}", flush=True)
         return verdict.reached
 
-    def fit(self, instance: Instance, entry: Results, eps: float, calls: int) -> Results:
-        """One measurement."""
+    def fit(self, instance: Instance, entry: Results, eps: float, calls: int, warm: bool) -> Results:
+        """One measurement: ``calls`` calls, after one more if ``warm``."""
         worker, place = self.workers[entry["solver"]], {"path": instance.path, "form": entry["form"]}
         answer = worker.ask("prepare", PATIENCE, **place)
         if status_of(answer) != "ok":
             return answer
-        return worker.ask("fit", CAP + GRACE, **place, eps=eps, cap=CAP, calls=calls)
+        return worker.ask("fit", CAP + GRACE, **place, eps=eps, cap=CAP, calls=calls, warm=warm)
 
     def known(self, case: Case) -> tuple[Results, int]:
         """The entries of the same case with another seed, else of the next smaller size, and their n."""
@@ -250,13 +272,15 @@ class Bench:
         field = contenders(entries)
         once = sum(e["chosen"]["seconds"] for e in field)
         rounds = SHORT_ROUNDS if self.rounds > 1 and once < SHORT else self.rounds
+        calls = calls_each(field)
         for turn in range(rounds):
             shift = turn % len(field) if field else 0
             for entry in field[shift:] + field[:shift]:
-                calls = max(1, int(AT_LEAST / max(entry["chosen"]["seconds"], 1e-6)))
-                answer = self.fit(instance, entry, entry["chosen"]["eps"], calls)
+                warm = entry["chosen"]["seconds"] <= WARM
+                answer = self.fit(instance, entry, entry["chosen"]["eps"], calls, warm)
                 if status_of(answer) == "ok":
                     entry["seconds"].append(answer["seconds"])
+                    entry["first"].append(answer["first"])
 
 
 def status_of(answer: Results) -> str:
@@ -266,7 +290,7 @@ def status_of(answer: Results) -> str:
 
 def untried(solver: str, form: str) -> Results:
     """An entry without runs."""
-    return {"solver": solver, "form": form, "status": "ok", "ladder": [], "seconds": [], "rung": START}
+    return {"solver": solver, "form": form, "status": "ok", "ladder": [], "seconds": [], "first": [], "rung": START}
 
 
 def settled(attempts: list[Results]) -> Results:
@@ -275,9 +299,14 @@ def settled(attempts: list[Results]) -> Results:
     return max(accurate, key=lambda attempt: attempt["eps"])
 
 
+def spent(entry: Results) -> float:
+    """Seconds of all its runs on a problem while its setting is sought."""
+    return sum(attempt["seconds"] for attempt in entry["ladder"])
+
+
 def hopeless(entry: Results) -> bool:
-    """Whether to stop tightening: a run failed or was as long as it may be, or slow runs gain nothing."""
-    if entry["status"] != "ok" or entry["ladder"][-1]["seconds"] > 0.9 * CAP:
+    """Whether to stop tightening: a run failed, or they took as long as they may, or slow runs gain nothing."""
+    if entry["status"] != "ok" or spent(entry) > 0.9 * CAP:
         return True
     done = [attempt["residual"] for attempt in entry["ladder"]]
     return len(done) > 2 and entry["ladder"][-1]["seconds"] > STALLED and min(done[-2:]) > 0.5 * min(done[:-2])
@@ -296,16 +325,16 @@ def why_not(entry: Results, known: Results, known_n: int, case: Case) -> str:
         Its size: that of the case if it is the case with another seed.
     case : Case
     """
-    if entry["status"] in (SLOW_FORM, TOO_SLOW, "over"):
-        return SLOW_FORM if entry["status"] == SLOW_FORM else TOO_SLOW
+    if entry["status"] in (TOO_SLOW, "over"):
+        return TOO_SLOW
     if not entry["ladder"]:
         return ""
-    best_form = entry_of(known, entry["solver"])
-    if best_form is not entry and reached(best_form) and not (reached(entry) and close(entry, best_form, SLOWER)):
-        return SLOW_FORM
     if known_n < case.n:
         power = 1 if entry["form"].startswith("factor") else 3
         return TOO_SLOW if seconds(entry) * (case.n / known_n) ** power > CAP else ""
+    best_form = entry_of(known, entry["solver"])
+    if best_form is not entry and reached(best_form) and not (reached(entry) and close(entry, best_form, SLOWER)):
+        return SLOW_FORM
     return "" if entry["seconds"] else BEHIND
 
 
@@ -315,11 +344,19 @@ def close(entry: Results, best: Results, times: float) -> bool:
 
 
 def contenders(entries: Results) -> list[Results]:
-    """Ours, and the best form of every peer that is not left behind."""
+    """Ours, and greedy pairs and the best form of every peer where they are not left behind by the best peer."""
     mine = [entries[OURS]] if entries[OURS]["ladder"] else []
-    peers = [e for solver in PEERS if (e := entry_of(entries, solver)) and e["ladder"]]
+    others = [e for solver in (GREEDY, *PEERS) if (e := entry_of(entries, solver)) and e["ladder"]]
+    peers = [e for e in others if e["solver"] != GREEDY]
     accurate = [e for e in peers if reached(e)] or peers
-    return mine + [e for e in peers if close(e, min(accurate, key=seconds), LEFT_BEHIND)]
+    best = min(map(seconds, accurate), default=np.inf)
+    return mine + [e for e in others if seconds(e) <= LEFT_BEHIND * best]
+
+
+def calls_each(field: list[Results]) -> int:
+    """Calls in a measurement, as many for everyone: caches and clocks treat all alike."""
+    times = [max(e["chosen"]["seconds"], 1e-6) for e in field] or [AT_MOST]
+    return max(1, min(int(AT_LEAST / min(times)), int(AT_MOST / max(times))))
 
 
 def shown(entry: Results) -> str:

@@ -2,14 +2,20 @@
 """QP solvers in processes of their own, which answer requests through a pipe.
 
 A process holds one solver, so that no thread pool disturbs another's and that a run that takes too long, or a crash,
-ends that process alone. The peers are called through qpsolvers. What their matrices look like, conversions included,
-is settled before the clock starts; the clock then runs over one call of qpsolvers' function for the
-solver or of ``bcd.solve_qp``, checks included, and for factor models over the construction of ``bcd.LowRank`` as well.
+ends that process alone. The peers are called through qpsolvers. What their matrices look like is settled before the
+clock starts; the clock then runs over one call of qpsolvers' function for the solver or of ``bcd.solve_qp``, checks
+included, and for factor models over the construction of ``bcd.LowRank`` as well. What qpsolvers does before it starts
+the solver (conversions; with clarabel, piqp and osqp the solver's own setup too) is kept as ``build``.
 
 Forms. Of a dense problem: the array ("dense"), or a sparse matrix that holds all entries ("csc"). Of a factor model:
 its matrix formed ("dense"), or with auxiliary variables y = F'x ("factor"):
 
     minimise 1/2 (x'Dx + y'y) + q'x   subject to   sum(x) = total,   F'x - y = 0,   lower <= x <= upper
+
+qpsolvers hands proxqp its bounds as n general constraints; in the form "dense, box" proxsuite itself is called, which
+then knows that they are bounds.
+
+Besides there is a reference that is no peer: plain greedy pairs, ``bcd.minimize(problem, rule="wss2")``.
 """
 
 from __future__ import annotations
@@ -24,30 +30,30 @@ import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
 from experiments.qp_judge import TOL
-from experiments.qp_problems import Factors, Problem, factor_model
+from experiments.qp_problems import Factors, Problem, factor_model, wishart
 from experiments.svm_workers import peak_so_far, reset_peak, resident, surroundings
 
 THREADS = 2
 HUGE_TOL = 1e-6
-PRODUCTS = 100
+PRODUCTS = 100  # with F or F', by turns
 EPS = tuple(float(f"1e-{k}") for k in range(3, 15))  # the ladder of settings, loosest first
 MANY = 10**6  # iterations of the first-order and active-set solvers
-OURS = "ours"
-FORMS = {  # "csc" becomes "factor" for a factor model
-    "clarabel": ("csc, faer", "csc, qdldl"),
+OURS, GREEDY = "ours", "greedy pairs"
+FORMS = {  # "csc" becomes "factor" for a factor model; the quick ones first, which tell what is slow
     "piqp": ("dense", "csc"),
-    "proxqp": ("dense", "csc"),
+    "highs": ("csc",),  # its active-set solver; the interior point one is not in the package
+    "clarabel": ("csc, faer", "csc, qdldl"),
+    "scs": ("csc, sparse", "csc, dense"),
     "osqp": ("csc, polished", "csc, plain"),
     "daqp": ("dense",),
-    "highs": ("csc",),  # its active-set solver; the interior point one is not in the package
+    "proxqp": ("dense, box", "dense", "csc"),
     "quadprog": ("dense",),
-    "scs": ("csc, sparse", "csc, dense"),
 }
 PEERS = tuple(FORMS)
 
@@ -108,6 +114,43 @@ def our_call(problem: Problem, tol: float = TOL) -> Callable[[], Any]:
     return lambda: bcd.solve_qp(our_matrix(problem), q, total=total, lower=lower, upper=upper, tol=tol)
 
 
+def greedy_call(problem: Problem, tol: float, cap: float) -> Callable[[], Any]:
+    """The call of plain greedy pairs; its tolerance is absolute."""
+    import bcd
+
+    def work() -> Any:
+        feasible = bcd.SumBox(problem.lower, problem.upper, total=problem.total)
+        whole = bcd.Problem(bcd.Quadratic(our_matrix(problem), problem.q), feasible)
+        return bcd.minimize(whole, rule="wss2", tol=tol, time_limit=cap)
+
+    return work
+
+
+class BoxAnswer(NamedTuple):
+    """What proxsuite returned, under the names that qpsolvers uses."""
+
+    x: Array
+    found: bool
+    build_time: float = 0.0
+
+
+def proxqp_box_call(formed: Any, settings: dict[str, Any]) -> Callable[[], BoxAnswer]:
+    """Proxsuite's dense solver with bounds that it knows to be bounds."""
+    from proxsuite import proxqp
+
+    P, q, _, _, A, b, lower, upper = formed.unpack()
+
+    def work() -> BoxAnswer:
+        qp = proxqp.dense.QP(len(q), len(b), 0, box_constraints=True)
+        for name, value in settings.items():
+            setattr(qp.settings, name, value)
+        qp.init(P, q, A, b, None, None, None, lower, upper)
+        qp.solve()
+        return BoxAnswer(qp.results.x, qp.results.info.status == proxqp.QPSolverOutput.PROXQP_SOLVED)
+
+    return work
+
+
 def peer_problem(problem: Problem, form: str) -> Any:
     """The problem in a form, as qpsolvers takes it."""
     import qpsolvers
@@ -144,43 +187,58 @@ class Server:
         self.n = 0
 
     def prepare(self, path: str, form: str) -> Answer:
-        """Read a problem and bring it into a form; a small one is solved when the process is new."""
+        """Read a problem and bring it into a form; small ones are solved when the process is new."""
         if self.key is None:
-            small = form.replace("csc", "factor")
-            self._call(self._formed(factor_model(100, 0), small), small, 1e-3, 60.0)()
+            for small, of in (
+                (factor_model(100, 0), form.replace("csc", "factor")),
+                (wishart(100, 0), form.replace("factor", "csc")),
+            ):
+                self._call(self._formed(small, of), of, 1e-3, 60.0)()
         if self.key != (path, form):
             self.problem = None
             gc.collect()
             problem = read(path)
             self.problem, self.n, self.key = self._formed(problem, form), problem.n, (path, form)
-            if self.solver == OURS:  # the peers have run before they are timed: while their setting was sought
-                our_call(problem)()
         return {}
 
     def _formed(self, problem: Problem, form: str) -> Any:
-        return problem if self.solver == OURS else peer_problem(problem, form)
+        return problem if self.solver in (OURS, GREEDY) else peer_problem(problem, form)
 
     def _call(self, formed: Any, form: str, eps: float, cap: float) -> Callable[[], Any]:
         if self.solver == OURS:
             return our_call(formed)
+        if self.solver == GREEDY:
+            return greedy_call(formed, eps, cap)
         from qpsolvers.solvers import solve_function
 
         settings = options(self.solver, form, eps, cap)
+        if form.endswith("box"):
+            return proxqp_box_call(formed, settings)
         return lambda: solve_function[self.solver](formed, **settings)
 
-    def fit(self, path: str, form: str, eps: float, cap: float, calls: int) -> Answer:
-        """Seconds of one of ``calls`` calls in a row, and the point."""
+    def fit(self, path: str, form: str, eps: float, cap: float, calls: int, warm: bool = False) -> Answer:
+        """Seconds of one of ``calls`` calls in a row, and the point; ``warm``: one more call comes before them.
+
+        ``first`` is what the first of all these calls took, when caches hold what others left in them.
+        """
         self.prepare(path, form)
         work = self._call(self.problem, form, eps, cap)
         gc.collect()
+        first = _seconds(work) if warm else None
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(calls):
             answer = work()
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        wall, cpu = (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
         if answer.x is None:
             return {"error": "no point"}
-        said = answer.status.name if self.solver == OURS else ("solved" if answer.found else "not solved")
-        return {"seconds": wall / calls, "cpu": cpu / calls, "x": np.asarray(answer.x)[: self.n], "said": said}
+        taken = {"seconds": wall, "cpu": cpu, "first": wall if first is None else first}
+        return taken | {"x": np.asarray(answer.x)[: self.n]} | self._said(answer)
+
+    def _said(self, answer: Any) -> Answer:
+        """Status and iterations of ours, status and build time of a peer."""
+        if self.solver in (OURS, GREEDY):
+            return {"said": answer.status.name, "iterations": answer.iterations}
+        return {"said": "solved" if answer.found else "not solved", "build": answer.build_time or 0.0}
 
     def again(self, path: str, new_path: str, rounds: int) -> Answer:
         """Ours: seconds from the last point, of a fresh call, and of a fresh point with the matrix made ready."""
@@ -211,7 +269,7 @@ class Server:
         work, v = our_call(problem, HUGE_TOL), np.full(problem.n, 1.0 / problem.n)
         solves, products, peak = [], [], 0.0
         for turn in range(rounds):
-            products.append(_seconds(lambda: [problem.P.F @ (problem.P.F.T @ v) for _ in range(PRODUCTS)]))
+            products.append(_seconds(lambda: [problem.P.F @ (problem.P.F.T @ v) for _ in range(PRODUCTS // 2)]))
             gc.collect()
             linux = reset_peak()
             before = resident("VmRSS") if linux else peak_so_far()

@@ -10,7 +10,7 @@ import pytest
 from experiments import qp_peers, qp_problems, qp_report, qp_workers, record
 from experiments.qp_judge import REACHED, SNAPS, best_vertex, bounds_of, feasible_point, judge
 from experiments.qp_problems import CASES, Case, Factors, Problem, factor_model, ill_conditioned, next_day, wishart
-from experiments.qp_workers import OURS, PEERS, Server, Worker, forms, options, write
+from experiments.qp_workers import GREEDY, OURS, PEERS, PRODUCTS, Server, Worker, forms, options, write
 
 needs_peers = pytest.mark.skipif(find_spec("qpsolvers") is None, reason="qpsolvers is not installed")
 DENSE_PROBLEM, FACTOR_PROBLEM = wishart(60, 0), factor_model(60, 0, 5)
@@ -215,10 +215,10 @@ def peer_forms():
 @pytest.mark.parametrize(("solver", "form", "kind"), peer_forms())
 def test_every_peer_solves_the_same_problem_in_every_form(solver, form, kind, tmp_path):
     problem = DENSE_PROBLEM if kind == "dense" else FACTOR_PROBLEM
+    if find_spec(qp_peers.PACKAGES[solver]) is None:
+        pytest.skip(f"{solver} is not installed")
     path = write(problem, tmp_path / "problem")
     answer = Server(solver).fit(path, form, 1e-9, 30.0, 2)
-    if "error" in answer and "not" in answer["error"] and "installed" in answer["error"]:
-        pytest.skip(f"{solver} is not installed")
     assert "error" not in answer, answer
     assert answer["x"].shape == (60,)
     assert answer["seconds"] > 0
@@ -227,15 +227,79 @@ def test_every_peer_solves_the_same_problem_in_every_form(solver, form, kind, tm
     assert verdict.infeasibility < 1e-7
 
 
+@needs_peers
+@pytest.mark.skipif(find_spec("proxsuite") is None, reason="proxsuite is not installed")
+def test_proxqp_is_told_what_its_bounds_are(monkeypatch):
+    from proxsuite import proxqp
+
+    formed, made = qp_workers.peer_problem(DENSE_PROBLEM, "dense, box"), []
+
+    class Spy(proxqp.dense.QP):
+        def __init__(self, *sizes, **kinds):
+            super().__init__(*sizes, **kinds)
+            made.append(self)
+
+    monkeypatch.setattr(proxqp.dense, "QP", Spy)
+    answer = qp_workers.proxqp_box_call(formed, options("proxqp", "dense, box", 1e-10, 30.0))()
+    (qp,) = made
+    assert qp.is_box_constrained()
+    assert (qp.model.n_in, qp.settings.eps_abs, qp.settings.eps_rel) == (0, 1e-10, 0.0)
+    assert judge(DENSE_PROBLEM, answer.x).reached
+    assert answer.found
+
+
+def test_greedy_pairs_through_their_process(tmp_path):
+    path = write(DENSE_PROBLEM, tmp_path / "problem")
+    server = Server(GREEDY)
+    answer = server.fit(path, "", 1e-9, 30.0, 2, warm=True)
+    assert judge(DENSE_PROBLEM, answer["x"]).residual <= 1e-9 * 1.01
+    assert answer["iterations"] > 0
+    loose = server.fit(path, "", 1e-2, 30.0, 1)
+    assert loose["iterations"] < answer["iterations"]
+    assert loose["first"] == loose["seconds"]
+
+
+def test_a_measurement_is_the_calls_after_an_untimed_one(tmp_path, monkeypatch):
+    made = []
+
+    class Answer:
+        x, found, build_time = np.zeros(60), True, 0.25
+
+    monkeypatch.setattr(Server, "prepare", lambda self, path, form: {})
+    monkeypatch.setattr(Server, "_call", lambda *of: lambda: made.append(of) or Answer)
+    monkeypatch.setattr(qp_workers.time, "perf_counter", lambda: 10.0 * len(made) ** 2)
+    answer = Server("piqp").fit("", "dense", 1e-6, 30.0, 2, warm=True)
+    assert (answer["first"], answer["seconds"], answer["build"]) == (10.0, (90 - 10) / 2, 0.25)
+
+
+def test_a_hundred_products_are_a_hundred(tmp_path, monkeypatch):
+    """50 with F and 50 with F'."""
+    count = []
+
+    class Counted(np.ndarray):
+        def __matmul__(self, other):
+            count.append(self.shape)
+            return np.asarray(self) @ np.asarray(other)
+
+    F, D = FACTOR_PROBLEM.P
+    counted = FACTOR_PROBLEM._replace(P=Factors(F.view(Counted), D))
+    plain = type("Result", (), {"x": np.zeros(60), "columns": 0})
+    monkeypatch.setattr(qp_workers, "our_call", lambda *of: lambda: plain)
+    monkeypatch.setattr(qp_workers, "read", lambda path: counted)
+    Server(OURS).huge("", 1)
+    assert len(count) == PRODUCTS == 100
+    assert count.count(F.shape) == count.count(F.T.shape) == 50
+
+
 def test_ours_through_its_process(tmp_path):
     """One process: a fit, solving again, and 10^6 variables in small."""
-    pytest.importorskip("bcd.qp")
     path = write(DENSE_PROBLEM, tmp_path / "problem")
     day = next_day(DENSE_PROBLEM, 0)["all three"]
     worker = Worker(OURS)
     try:
         answer = worker.ask("fit", 200, path=path, form="", eps=math.nan, cap=60.0, calls=2)
         assert answer["said"] == "CONVERGED", answer
+        assert answer["iterations"] >= 0
         assert judge(DENSE_PROBLEM, answer["x"]).residual <= REACHED
         answer = worker.ask("again", 200, path=path, new_path=write(day, tmp_path / "day"), rounds=2)
         assert judge(day, answer["x"]).residual <= REACHED
@@ -280,7 +344,7 @@ def test_settings_of_every_peer_carry_the_tolerance():
 # -- the benchmark ------------------------------------------------------------------------------
 
 
-SPEED = {OURS: 0.01, "clarabel": 0.3, "piqp": 0.1, "osqp": 0.2}  # seconds; the others fail
+SPEED = {OURS: 0.01, GREEDY: 0.04, "clarabel": 0.3, "piqp": 0.1, "osqp": 0.2}  # seconds; the others fail
 BEST = {"osqp": 1e-6}  # never more accurate than this
 ASKED = []  # of all processes in turn
 
@@ -302,10 +366,14 @@ class Actor:
             return {}
         problem, x = qp_workers.read(path), planted(30)[1]
         assert np.array_equal(problem.q, planted(30)[0].q)
-        size = 0.0 if self.solver == OURS else max(arguments["eps"], BEST.get(self.solver, 0.0))
+        size = 0.0 if self.solver in (OURS, GREEDY) else max(arguments["eps"], BEST.get(self.solver, 0.0))
         x[2], x[5] = x[2] + 0.1 * size, x[5] - 0.1 * size
         slow = 5.0 if form.endswith(("plain", "qdldl")) or form == "csc" else 1.0
-        return {"seconds": slow * SPEED[self.solver], "cpu": 0.0, "x": x, "said": "solved"}
+        seconds = slow * SPEED[self.solver]
+        # first calls of ours take twice as long; half of what a peer takes passes before it starts
+        first = 2 * seconds if self.solver == OURS and arguments["warm"] else seconds
+        taken = {"seconds": seconds, "first": first, "cpu": 0.0, "x": x, "said": "solved"}
+        return taken | ({"iterations": 7} if self.solver in (OURS, GREEDY) else {"build": seconds / 2})
 
 
 TINY = Case("dense, condition 400", 30, lambda n, seed: planted(30)[0])
@@ -334,6 +402,14 @@ def test_the_loosest_accurate_setting_counts(run):
     assert entry["rung"] == qp_workers.EPS.index(chosen)
 
 
+def test_settings_of_slow_peers_are_not_loosened(bench, tmp_path):
+    problem = planted(30)[0]
+    instance = qp_peers.Instance("tiny", TINY, 0, problem, write(problem, tmp_path / "problem"))
+    tried = [bench.entry(instance, "piqp", "dense", qp_workers.EPS, 7, slow) for slow in (0.09, 0.11)]
+    assert [attempt["eps"] for attempt in tried[0]["ladder"]] == [1e-10]
+    assert [attempt["eps"] for attempt in tried[1]["ladder"]] == [1e-10, 1e-9, 1e-8, 1e-7]
+
+
 def test_a_peer_that_does_not_reach_the_residual_is_marked_and_does_not_count(run):
     entry = run["entries"]["osqp, csc, polished"]
     assert not qp_report.reached(entry)
@@ -353,14 +429,15 @@ def test_the_fastest_form_counts_and_the_left_behind_do_not_run_again(run):
 
 
 def test_turns_rotate(bench, run):
-    """Nobody always runs after the same one; short calls are repeated within a measurement."""
+    """Nobody always runs after the same one; short calls are repeated within a measurement, alike for everyone."""
     taking = [name for name, entry in run["entries"].items() if entry["seconds"]]
     fits = [(solver, arguments) for solver, action, arguments in ASKED if action == "fit"]
     rounds = fits[-len(taking) * qp_peers.SHORT_ROUNDS :]
     firsts = [solver for solver, _ in rounds[:: len(taking)]]
     assert firsts == [name.split(",")[0] for name in (taking * 9)[: qp_peers.SHORT_ROUNDS]]
-    assert {arguments["calls"] for solver, arguments in rounds if solver == OURS} == {5}
-    assert {arguments["calls"] for solver, arguments in rounds if solver != OURS} == {1}
+    assert taking == [OURS, GREEDY, "piqp, dense", "clarabel, csc, faer", "osqp, csc, polished"]
+    assert {arguments["calls"] for _, arguments in rounds} == {1}
+    assert {arguments["warm"] for _, arguments in rounds} == {True}
     assert {arguments["eps"] for solver, arguments in rounds if solver == "piqp"} == {
         run["entries"]["piqp, dense"]["chosen"]["eps"]
     }
@@ -373,10 +450,14 @@ def test_what_is_known_decides_who_is_tried(bench, run):
         return qp_peers.why_not(known[name], known, 30, TINY._replace(n=n))
 
     assert why("piqp, dense", 30) == why("piqp, dense", 60) == ""
-    assert why("piqp, csc", 30) == why("piqp, csc", 60) == qp_peers.SLOW_FORM
+    assert why("piqp, csc", 30) == qp_peers.SLOW_FORM
+    assert why("piqp, csc", 60) == ""  # 0.5 s times 2^3: what is slow at a size may be quick at another
+    assert why("piqp, csc", 30 * 4) == qp_peers.TOO_SLOW
+    skipped = known["piqp, csc"] | {"status": qp_peers.SLOW_FORM, "ladder": []}
+    assert qp_peers.why_not(skipped, known, 30, TINY._replace(n=60)) == ""
     assert why("scs, csc, sparse", 60) == qp_peers.TOO_SLOW
     assert why("daqp, dense", 30) == ""
-    assert why("piqp, dense", 30 * 9) == qp_peers.TOO_SLOW  # 0.1 s times 9^3 is above a minute
+    assert why("piqp, dense", 30 * 9) == qp_peers.TOO_SLOW  # 0.1 s times 9^3 is above CAP
     slow = known["clarabel, csc, faer"] | {"seconds": []}
     assert qp_peers.why_not(slow, {"clarabel, csc, faer": slow}, 30, TINY) == qp_peers.BEHIND
     assert qp_peers.why_not(slow, {"clarabel, csc, faer": slow}, 30, TINY._replace(n=31)) == ""
@@ -392,6 +473,92 @@ def test_the_next_seed_starts_at_the_known_setting(bench, run, capsys):
     assert len(entry["ladder"]) == 2
 
 
+def test_measurements_are_as_many_calls_for_all():
+    def calls(*times):
+        return qp_peers.calls_each([{"chosen": {"seconds": s}} for s in times])
+
+    assert calls(0.001, 0.002) == 50
+    assert calls(0.001, 0.02) == 10  # the longest measurement is 0.2 s
+    assert calls(0.001, 7.0) == calls(3.0) == calls() == 1
+
+
+def test_a_solver_that_took_its_time_is_not_tried_further():
+    entry = qp_peers.untried("osqp", "csc") | {"ladder": [{"seconds": qp_peers.CAP / 3, "residual": 1.0}] * 2}
+    assert not qp_peers.hopeless(entry)
+    entry["ladder"] = 3 * entry["ladder"][:1]
+    assert qp_peers.hopeless(entry)
+
+
+def failing(run, how):
+    """The run with ours not accurate or without a point."""
+    ours = run["entries"][OURS]
+    worse = {
+        "inaccurate": {"chosen": ours["chosen"] | {"residual": 1e-3, "reached": False}},
+        "failed": {"ladder": [], "seconds": [], "first": [], "status": "ValueError: no"},
+    }
+    return run | {"entries": run["entries"] | {OURS: ours | worse[how]}}
+
+
+@pytest.mark.parametrize("how", ["inaccurate", "failed"])
+def test_the_ratio_is_0_where_ours_does_not_reach_the_residual(bench, run, how):
+    broken = failing(run, how)
+    assert qp_report.against(broken) == {"peer": "piqp", "ratio": 0.0, "peer_reached": True}
+    assert qp_report.against(broken, any_residual=True)["ratio"] == 0
+    assert qp_report.greedy_ratio(broken) == 0
+    alone = broken | {"entries": {OURS: broken["entries"][OURS]}}
+    assert qp_report.against(alone)["ratio"] == 0
+    results = bench.results | {"runs": {"good": run, "bad": broken}, "held_out": {"bad, held out": broken}}
+    results["bars"] = found = qp_report.bars(results)
+    assert found["main"] == found["main_any_residual"] == found["main_worst"] == found["main_held_out"] == 0
+    assert found["greedy_over_ours"] == 0
+    assert found["ours_not_reached"] == ["bad", "bad, held out"]
+    made = qp_report.tables(results)
+    (row,) = [line for line in made["cases"].splitlines() if "condition 400" in line]
+    assert [cell.strip() for cell in row.split("|")][14:18] == ["0.0", "0.0", "0.0", "0.0"]
+    assert ("1e-03*" if how == "inaccurate" else "ValueError: no") in made["accuracy"]
+    qp_report.draw(results)
+
+
+def test_where_ours_is_alone_there_is_no_ratio(run):
+    assert qp_report.against(run | {"entries": {OURS: run["entries"][OURS]}}) is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"status": "over"}, {"status": "ok", "residual": 1.1e-6, "over_products": 2.0, "added": 1, "n_k_megabytes": 1}],
+)
+def test_a_million_variables_that_are_not_solved_fail_the_bar(bench, row):
+    assert qp_report.bars(bench.results | {"huge": {"huge": row}})["over_products"] == math.inf
+
+
+@pytest.mark.parametrize("change", [{"status": "over"}, {"status": "ok", "residual": 1e-7, "again": [1], "fresh": [9]}])
+def test_solving_again_counts_only_if_it_solves(bench, change):
+    again = {"again": {"tiny": {"changes": {"new total": change}}}}
+    assert qp_report.bars(bench.results | again)["again_over_fresh"] == math.inf
+
+
+def test_the_picture_shows_accurate_peers_alone(run):
+    def lines(shown):
+        return {
+            line.get_label(): list(line.get_ydata()) for line in qp_report.draw({"runs": {"": shown}}).axes[0].lines
+        }
+
+    assert lines(run) == {"ours": [pytest.approx(0.01)], "best accurate peer": [pytest.approx(0.1)]}
+    few = {name: e for name, e in run["entries"].items() if e["solver"] in (OURS, "osqp")}
+    assert np.isnan(lines(run | {"entries": few})["best accurate peer"]).all()
+
+
+def test_the_accuracy_table_shows_the_worst_seed(bench, run):
+    entry = run["entries"]["piqp, dense"]
+    chosen = entry["chosen"] | {"residual": 3e-5, "reached": False, "infeasibility": 0.5}
+    worse = run | {"entries": run["entries"] | {"piqp, dense": entry | {"chosen": chosen}}}
+    ours = run["entries"][OURS]
+    steep = run | {"entries": run["entries"] | {OURS: ours | {"chosen": ours["chosen"] | {"gradient": 1234.0}}}}
+    row = qp_report._accuracy_table({"runs": {"0": run, "1": worse}, "held_out": {"2": steep}}).splitlines()[2]
+    assert "3e-05*, 5e-01" in row
+    assert "| 1.2e+03 |" in row
+
+
 def test_an_interrupted_run_goes_on(bench, run, monkeypatch, tmp_path):
     monkeypatch.setenv("QP_PEERS_RESUME", "1")
     again = qp_peers.Bench(tmp_path, 3, bench.partial)
@@ -404,8 +571,11 @@ def test_tables_and_bars_say_what_was_measured(bench, run):
     huge |= {"residual": 1e-7, "added": 30.0, "n_k_megabytes": 15.0}
     change = {"status": "ok", "residual": 1e-9, "again": [0.001], "fresh": [0.004], "ready": [0.003]}
     results = bench.results | {"huge": {"huge": huge}, "again": {"tiny": run | {"changes": {"new total": change}}}}
+    results["held_out"] = {"tiny": run | {"seed": qp_problems.HELD_OUT}}
     results["bars"] = qp_report.bars(results)
-    assert results["bars"]["main"] == pytest.approx(10)
+    assert results["bars"]["main"] == results["bars"]["main_held_out"] == pytest.approx(10)
+    assert results["bars"]["main_first"] == results["bars"]["main_without_build"] == pytest.approx(5)
+    assert results["bars"]["greedy_over_ours"] == pytest.approx(4)
     assert results["bars"]["over_products"] == 3
     assert results["bars"]["added_over_n_k"] == 2
     assert results["bars"]["again_over_fresh"] == pytest.approx(0.25)
@@ -414,8 +584,10 @@ def test_tables_and_bars_say_what_was_measured(bench, run):
     (row,) = [line for line in made["cases"].splitlines() if "condition 400" in line]
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[1:5] == ["dense, condition 400", "30", "33%", "0.01"]
-    assert cells[5:13] == ["0.3", "0.1", "failed", "0.2*", "failed", "failed", "failed", "> 60"]
-    assert cells[13:17] == ["piqp", "10.0", "10.0", "10.0"]
+    assert cells[5:13] == ["0.1", "failed", "0.3", "> 30", "0.2*", "failed", "failed", "failed"]
+    assert cells[13:18] == ["piqp", "10.0", "10.0", "10.0", "10.0"]
+    assert "| dense, condition 400, 30 | 0.01 | 0.01 | 7 | 0.04 | 7 | 4.00 |" in made["ours"]
+    assert "| dense, condition 400, 30 | 50% | - | 50% |" in made["build"]
     assert "csc, polished 1e-" in made["accuracy"]
     assert "| 3 | 1 | 3.00 | 1e-07 | 30 | 15 |" in made["huge"]
     assert "| new total | 1 | 3 | 4 | 0.25 | 1e-09 |" in made["again"]
@@ -432,9 +604,11 @@ def test_where_no_peer_is_accurate_the_best_one_counts_with_a_mark(run):
 
 def test_every_case_is_a_part_and_quick_ones_are_few(bench):
     full, quick = qp_peers.parts(bench, False), qp_peers.parts(bench, True)
-    assert len({name for name, _, _ in full}) == len(full) == 3 * len(CASES) + 1 + len(qp_problems.AGAIN)
+    assert len({name for name, _, _ in full}) == len(full) == 4 * len(CASES) + 1 + len(qp_problems.AGAIN)
     assert len(quick) < len(full) / 3
-    assert {section for _, section, _ in quick} == {"runs", "huge", "again"}
+    assert {section for _, section, _ in quick} == {"runs", "huge", "again", "held_out"}
+    assert [name for name, section, _ in full if section == "held_out"] == [name for name, _, _ in full[-len(CASES) :]]
+    assert all(str(qp_problems.HELD_OUT) in name for name, section, _ in full if section == "held_out")
 
 
 def test_a_part_of_the_cases_saves_nothing(bench, monkeypatch, tmp_path, capsys):
