@@ -63,7 +63,7 @@ class BlockLLM(torch.optim.Optimizer):
     rule : {"greedy", "cyclic", "random", "half", "importance", "full"} or BlockRule
         :mod:`bcd.budget` describes them; "full" is plain AdamW on everything.
     score : {"grad", "adam"}
-        Norm of the gradient, or of Adam's direction. Entries without moments have the direction g / (|g| + eps), so
+        Norm of the gradient, or of Adam's direction. Entries without moments have the direction ``g / (|g| + eps)``, so
         that "adam" prefers large blocks without moments to all others.
     visit_power : float
         Scores are divided by (visit frequency)^visit_power. Greedy rule; for rows and entries with ``reach``, visits
