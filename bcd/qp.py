@@ -75,7 +75,8 @@ def solve_qp(
     P : matrix of shape (n, n)
         Symmetric, positive semidefinite on the feasible directions: an array (C-contiguous float64 is used in place),
         a scipy sparse matrix, :class:`bcd.LowRank` (``F F' + diag(D)``, never formed), a
-        scipy.sparse.linalg.LinearOperator, or a :class:`bcd.gram.Gram` (columns of a kernel matrix on demand; every
+        scipy.sparse.linalg.LinearOperator (up to 2000 coordinates its matrix is formed where conjugate gradients do not
+        converge), or a :class:`bcd.gram.Gram` (columns of a kernel matrix on demand; every
         coordinate in a sum that is a number, bounds finite where the sums do not make them so).
     q : float or array of float, shape (n,)
         Linear term.

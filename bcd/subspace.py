@@ -13,8 +13,8 @@ All change sides at once, and a change of few updates the last factorisation (:m
 goes too far, because the start is poor or P ill conditioned, a path of problems with damped steps leads there.
 
 Pivoting need not descend on its way, and in degenerate cases it may cycle. So its result replaces the point only where
-f has fallen, and where it ends at no solution greedy blocks (GS-1, docs/theory.md) and proximal steps, which descend,
-take turns with it.
+f has fallen, and where it ends at no solution greedy blocks (GS-1, docs/theory.md), proximal steps and then steps of
+the primal active-set method, all of which descend, take turns with it.
 """
 
 from __future__ import annotations
