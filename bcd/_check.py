@@ -69,8 +69,10 @@ def as_symmetric(name: str, value: Any) -> np.ndarray | sp.csc_array:
 
 
 def _check_square(name: str, matrix: Any) -> None:
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or 0 in matrix.shape:
-        raise ValueError(f"{name} must be square, shape (n, n); found shape {matrix.shape}")
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise ValueError(f"{name} must be a matrix of shape (n, n); found shape {matrix.shape}")
+    if matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"{name} must be square; found shape {matrix.shape}")
 
 
 def _check_symmetric(name: str, matrix: sp.csc_array) -> None:

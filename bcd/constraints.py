@@ -256,7 +256,10 @@ def project_sum(z: np.ndarray, lower: np.ndarray, upper: np.ndarray, total: floa
     """Argmin |x - z| subject to sum(x) = total, lower <= x <= upper: x = clip(z - t, lower, upper)."""
     x = z.copy()
     _compiled.project_row(x, np.empty(0), lower, upper, total, 1e-15, np.empty(len(z), np.int64))
-    return np.clip(x, lower, upper)
+    x = np.clip(x, lower, upper)
+    slop = 4 * _compiled.EPS * float(np.abs(x).sum())  # what rounding leaves before a bound is no room
+    x = np.where(x - lower <= slop, lower, x)
+    return np.where(upper - x <= slop, upper, x)
 
 
 class Moves:

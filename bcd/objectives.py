@@ -299,7 +299,7 @@ def as_hessian(name: str, Q: Any) -> Any:
         return Q
     if isinstance(Q, LinearOperator):
         if Q.shape[0] != Q.shape[1]:
-            raise ValueError(f"{name} must be square, shape (n, n); found shape {Q.shape}")
+            raise ValueError(f"{name} must be square; found shape {Q.shape}")
         return OperatorHessian(Q)
     matrix = as_symmetric(name, Q)
     return SparseHessian(matrix) if sp.issparse(matrix) else DenseHessian(matrix)

@@ -446,7 +446,7 @@ class _SVM(CallbackSupportMixin, BaseEstimator, ABC):
             well_formed
             and values.dtype in (np.float64, np.float32)
             and 0 < values.size <= _FEW
-            and X.shape[1] == self.n_features_in_
+            and X.shape[1] == self.__dict__.get("n_features_in_")  # models of LIBSVM's files may have none
             and "feature_names_in_" not in self.__dict__
             and bool(np.isfinite(values).all())
         )
