@@ -39,7 +39,7 @@ CONCAVE = 1e-10  # negative curvature, relative to the size of the matrix, that 
 FLAT_D = 1e-10  # entries of D below this share of the diagonal are as good as 0
 CANCELS = 1e-4  # D below this share of the diagonal costs Woodbury's formula more than four digits
 COARSE = 1e-4  # damping, relative to the diagonal, from which float32 serves
-PARALLEL = 1e10  # operations of BLAS below which one thread is quicker: factorisations wait for each other at every panel
+PARALLEL = 1e10  # operations of BLAS below which one thread is quicker: panels of a factor wait for each other
 MOST_FORMED = 2000  # coordinates of an operator whose matrix is formed where conjugate gradients do not converge
 MOST_DENSE = 6000  # coordinates of a face that a low-rank matrix with zeros in D is formed for
 
