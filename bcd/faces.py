@@ -50,7 +50,16 @@ def one_thread_below(flops: float) -> Any:
 
 
 class Face(Protocol):
-    """Solves for the free coordinates."""
+    """Solves for the free coordinates.
+
+    Attributes
+    ----------
+    halted : callable
+        Asked between the iterations of conjugate gradients, which end with what they have when it returns a value.
+    """
+
+    hessian: Any
+    halted: Callable[[], Any]
 
     def kkt(self, F: Array, h: Array, sums: Array, off: Array, damping: Array | None) -> tuple[Array, Array]:
         """(d, y) of the system above; h, sums and damping of shape (f,), off and y of shape (m,).
@@ -62,13 +71,19 @@ class Face(Protocol):
         """Operations of BLAS in a solve with f free coordinates, roughly."""
 
 
-class _Definite:
-    """Faces that solve with ``P_FF + weight EE'``, which is positive definite where the whole system is regular."""
-
-    hessian: Any
+class _Face:
+    """What all faces have: P, and whom to ask whether to go on."""
 
     def __init__(self, hessian: Any):
         self.hessian = hessian
+        self.halted: Callable[[], Any] = lambda: None
+
+
+class _Definite(_Face):
+    """Faces that solve with ``P_FF + weight EE'``, which is positive definite where the whole system is regular."""
+
+    def __init__(self, hessian: Any):
+        super().__init__(hessian)
         self.weight = _harmonic_mean(hessian.diagonal)
 
     def solve(self, F: Array, H: Array, sums: Array, damping: Array | None) -> Array | None:
@@ -84,12 +99,12 @@ class _Definite:
         y = np.zeros(len(off))
         taken = np.flatnonzero(np.bincount(sums + 1, minlength=len(off) + 1)[1:])
         if len(F) * len(taken) > MOST_ENTRIES:
-            return _conjugate(self.hessian, F, h, sums, off, damping)[:2]
+            return _conjugate(self, F, h, sums, off, damping)[:2]
         E = (sums[:, None] == taken).astype(np.float64)
         with one_thread_below(self.flops(len(F))):
             Y = self.solve(F, np.column_stack([h, E]), sums, damping)
         if Y is None:
-            d, y[taken] = _reduced(self.hessian, F, h, E, off[taken], damping)
+            d, y[taken] = _reduced(self.hessian.block(_examined(F)), self.hessian.n, F, h, E, off[taken], damping)
             return d, y
         d, turned = Y[:, 0], Y[:, 1:]
         if len(taken):
@@ -109,14 +124,18 @@ def _solve_small(S: Array, r: Array) -> Array:
     return r / S[0] if len(r) == 1 else np.linalg.lstsq(S, r, rcond=None)[0]
 
 
-def _reduced(hessian: Any, F: Array, h: Array, E: Array, off: Array, damping: Array | None) -> tuple[Array, Array]:
-    """The same where only the directions that keep the sums have positive curvature: one coordinate a sum follows.
+def _examined(F: Array) -> Array:
+    """F, if it is not too large for eigenvalues."""
+    if len(F) > MOST_DENSE:
+        raise ValueError(f"P is not positive definite on {len(F)} free coordinates; up to {MOST_DENSE} can be examined")
+    return F
+
+
+def _reduced(P: Array, n: int, F: Array, h: Array, E: Array, off: Array, damping: Array | None) -> tuple[Array, Array]:
+    """The same from P_FF where only the directions that keep the sums have positive curvature: one coordinate follows.
 
     Raises NonConvexError where one of those directions has negative curvature.
     """
-    if len(F) > MOST_DENSE:
-        raise ValueError(f"P is not positive definite on {len(F)} free coordinates; up to {MOST_DENSE} can be examined")
-    P = hessian.block(F)
     K = P if damping is None else P + np.diag(damping)
     anchors = E.argmax(axis=0)
     rest = np.setdiff1d(np.arange(len(F)), anchors)
@@ -128,7 +147,7 @@ def _reduced(hessian: Any, F: Array, h: Array, E: Array, off: Array, damping: Ar
     if len(rest) and values[0] < -CONCAVE * scale:
         d = Z @ vectors[:, 0]
         d /= np.linalg.norm(d)
-        direction = np.zeros(hessian.n)
+        direction = np.zeros(n)
         direction[F] = d
         raise NonConvexError(direction, float(d @ P @ d))
     d = np.zeros(len(F))
@@ -138,12 +157,11 @@ def _reduced(hessian: Any, F: Array, h: Array, E: Array, off: Array, damping: Ar
     return d, (h - K @ d)[anchors]
 
 
-def examine_block(hessian: Any, F: Array, sums: Array, totals: Array) -> None:
-    """NonConvexError where the free coordinates have negative curvature along a direction that keeps the sums."""
-    K = hessian.block(F) + _harmonic_mean(hessian.diagonal) * _same(sums, sums)
-    if _cholesky(K, None) is None:
+def examine_block(P: Array, n: int, F: Array, sums: Array) -> None:
+    """NonConvexError where P_FF has negative curvature along a direction that keeps the sums of the n coordinates."""
+    if _cholesky(P + _harmonic_mean(P.diagonal()) * _same(sums, sums), None) is None:
         E = (sums[:, None] == np.unique(sums[sums >= 0])).astype(np.float64)
-        _reduced(hessian, F, np.zeros(len(F)), E, np.zeros(E.shape[1]), None)
+        _reduced(P, n, F, np.zeros(len(F)), E, np.zeros(E.shape[1]), None)
 
 
 class DenseFace(_Definite):
@@ -285,6 +303,7 @@ class LowRankFace(_Definite):
         factor = lapack.dpotrf(core, lower=0, clean=0, overwrite_a=1)[0]
 
         def inverse(R: Array) -> Array:
+            """The formula for one R."""
             R = R / root
             z = lapack.dpotrs(factor, np.concatenate([B.T @ R, E.T @ R]), lower=0)[0]
             R -= B @ z[:k]
@@ -295,11 +314,12 @@ class LowRankFace(_Definite):
         return inverse(H), inverse
 
 
-class SparseFace:
+class SparseFace(_Face):
     """A scipy sparse matrix: SuperLU of the whole system."""
 
     def __init__(self, hessian: SparseHessian):
-        self.hessian, self.P = hessian, sp.csc_array(hessian.matrix)
+        super().__init__(hessian)
+        self.P = sp.csc_array(hessian.matrix)
         self.examined = np.zeros(hessian.n, bool)  # coordinates on which P is known to be positive definite
 
     def kkt(self, F: Array, h: Array, sums: Array, off: Array, damping: Array | None) -> tuple[Array, Array]:
@@ -312,12 +332,12 @@ class SparseFace:
         K = K + sp.diags_array(_ridge(K.diagonal()) + (0.0 if damping is None else damping))
         if damping is None and not self._definite(F, K):
             if f > MOST_DENSE:
-                return _conjugate(self.hessian, F, h, sums, off, damping)[:2]
-            d, y[taken] = _reduced(self.hessian, F, h, E.toarray(), off[taken], damping)
+                return _conjugate(self, F, h, sums, off, damping)[:2]
+            d, y[taken] = _reduced(self.hessian.block(F), self.hessian.n, F, h, E.toarray(), off[taken], damping)
             return d, y
         factor = _superlu(sp.block_array([[K, E], [E.T, None]]) if len(taken) else K)
         if factor is None:  # singular
-            return _conjugate(self.hessian, F, h, sums, off, damping)[:2]
+            return _conjugate(self, F, h, sums, off, damping)[:2]
         solution = factor.solve(np.concatenate([h, off[taken]]))
         d, y[taken] = solution[:f], solution[f:]
         return d, y
@@ -348,11 +368,11 @@ def _superlu(matrix: Any, **options: Any) -> Any:
         return None
 
 
-class OperatorFace:
+class OperatorFace(_Face):
     """Products only; where conjugate gradients need more of them than there are columns, the matrix that these make."""
 
     def __init__(self, hessian: OperatorHessian):
-        self.hessian = hessian
+        super().__init__(hessian)
         self.dense: DenseFace | None = None
 
     def flops(self, f: int) -> float:
@@ -362,7 +382,7 @@ class OperatorFace:
     def kkt(self, F: Array, h: Array, sums: Array, off: Array, damping: Array | None) -> tuple[Array, Array]:
         """See :class:`Face`."""
         if self.dense is None:
-            d, y, enough = _conjugate(self.hessian, F, h, sums, off, damping)
+            d, y, enough = _conjugate(self, F, h, sums, off, damping)
             if enough or self.hessian.n > MOST_FORMED:
                 return d, y
             columns = self.hessian.operator.matmat(np.eye(self.hessian.n))
@@ -371,9 +391,10 @@ class OperatorFace:
 
 
 def _conjugate(
-    hessian: Any, F: Array, h: Array, sums: Array, off: Array, damping: Array | None
+    face: Face, F: Array, h: Array, sums: Array, off: Array, damping: Array | None
 ) -> tuple[Array, Array, bool]:
-    """Conjugate gradients on the directions that keep the sums; whether they were enough comes last."""
+    """Conjugate gradients on the directions that keep the sums; whether they were enough, or halted, comes last."""
+    hessian: Any = face.hessian
     count = np.maximum(np.bincount(sums + 1, minlength=len(off) + 1)[1:], 1)
     size = getattr(hessian, "size", float(np.abs(hessian.diagonal).max(initial=0.0)))
     ridge = float(_ridge(hessian.diagonal[F]).max())
@@ -396,7 +417,7 @@ def _conjugate(
     p, square = r, float(r @ r)
     enough = max(CG_ACCURACY**2 * square, len(F) * (4 * EPS * float(np.abs(h).max(initial=0.0))) ** 2)
     for _ in range((1 if hessian.n <= MOST_FORMED else 4) * len(F) + 50):
-        if square <= enough:
+        if square <= enough or face.halted() is not None:
             break
         Kp = product(p)
         curvature = float(p @ Kp)
@@ -408,7 +429,7 @@ def _conjugate(
         r -= spread(mean(r))  # each time: what rounding adds to the sums would stay while r gets small
         square, before = float(r @ r), square
         p = r + (square / before) * p
-    return d, mean(h - product(d)), square <= enough
+    return d, mean(h - product(d)), square <= enough or face.halted() is not None
 
 
 def _refuse_concave(hessian: Any, F: Array, p: Array, allowed: float) -> None:

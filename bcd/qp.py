@@ -33,7 +33,7 @@ from bcd.gram import Gram
 from bcd.minimize import Progress
 from bcd.objectives import DenseHessian, LowRank, NonConvexError, OperatorHessian, Quadratic, SparseHessian, as_hessian
 from bcd.problem import Problem
-from bcd.result import Result, Status, certify
+from bcd.result import Result, Status, certificate_at, certify
 from bcd.subspace import Walk, Watch, descend, start_point
 
 __all__ = ["QP", "LowRank", "NonConvexError", "solve_qp"]
@@ -205,6 +205,7 @@ class _Weights:
             raise
 
         def as_given(y: Array) -> Array:
+            """Multipliers of the totals in their order, 0 for those left open."""
             out = np.zeros(len(given))
             known = np.append(given, -1)[:-1] >= 0
             place = number[given[known]]
@@ -348,6 +349,7 @@ class QP:
             x = np.clip(start, problem.feasible.lower[: self.n], problem.feasible.upper[: self.n])
 
         def tell(walk: Walk) -> Any:
+            """Ask the user's callback."""
             seconds = time.perf_counter() - watch.started
             x = watch.to_x(walk.moves.x[: self.n])
             counts = watch.iterations, watch.columns
@@ -424,6 +426,8 @@ def _least_sum(hessian: Any, alone: Array) -> tuple[float, int, int]:
 
 def _check_limits(*, tol: float, tol_gap: float | None, max_iter: int | None, time_limit: float | None) -> None:
     for name, value in {"tol": tol, "tol_gap": tol_gap, "max_iter": max_iter, "time_limit": time_limit}.items():
+        if value is not None and not isinstance(value, int | float | np.number):
+            raise ValueError(f"{name} must be a number; found {value!r}")
         if value is not None and not value >= 0:
             raise ValueError(f"{name} must be at least 0; found {value!r}")
 
@@ -444,36 +448,6 @@ def _least_pair(hessian: Any, labels: Array) -> tuple[float, int, int]:
     curvature = (d[i] + d[j] - 2 * value) / np.where(size > 0, size, 1.0)
     k = int(curvature.argmin())
     return float(curvature[k]), int(i[k]), int(j[k])
-
-
-class _Known:
-    """An objective of which only one point is asked for."""
-
-    exact = True
-    hessian = None
-
-    def __init__(self, value: float, grad: Array):
-        self.n, self._value, self._grad = len(grad), value, grad
-
-    def value(self, x: Array) -> float:
-        """The value there."""
-        return self._value
-
-    def gradient(self, x: Array) -> Array:
-        """The gradient there."""
-        return self._grad
-
-    def start(self, x: Array) -> Any:
-        """Never asked for."""
-        raise NotImplementedError
-
-
-class _Columns:
-    """A kernel matrix as far as :mod:`bcd.faces` asks for it."""
-
-    def __init__(self, gram: Gram):
-        self.n, self.diagonal = gram.n, gram.diagonal
-        self.block = lambda index: gram.block(index, np.float64)
 
 
 def _solve_gram(
@@ -503,11 +477,11 @@ def _solve_gram(
             break
         tol *= 0.1
     grad, status = found.product + c, found.status
-    certificate = certify(Problem(_Known(found.objective, grad), box), found.x)
+    certificate = certificate_at(feasible, found.x, found.objective, grad)
     close = certificate.violation <= watch.tol * max(1.0, float(np.abs(grad).max()))
     if close and (watch.tol_gap is None or certificate.gap <= watch.tol_gap):
         status = Status.CONVERGED
-    if status is not Status.INTERRUPTED:
+    if status.ok:
         _check_kernel(gram, feasible, found.x)
     seconds = time.perf_counter() - watch.started
     return Result(found.x, certificate, pairs, round(found.columns), seconds, status)
@@ -517,8 +491,7 @@ def _check_kernel(gram: Gram, feasible: FeasibleSet, x: Array) -> None:
     """NonConvexError where the kernel matrix of the free coordinates has negative curvature."""
     F = np.flatnonzero((x > feasible.lower) & (x < feasible.upper))
     if 0 < len(F) <= MOST_DENSE:
-        totals = np.zeros(len(feasible.totals))
-        examine_block(_Columns(gram), F, feasible.labels[F], totals)
+        examine_block(gram.block(F, np.float64), gram.n, F, feasible.labels[F])
 
 
 def _implied(feasible: FeasibleSet) -> tuple[Array, Array]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bcd import _compiled
-from bcd.constraints import Moves
+from bcd.constraints import FeasibleSet, Moves
 from bcd.problem import Problem
 
 if TYPE_CHECKING:
@@ -106,15 +106,19 @@ def certify(problem: Problem, x: Any) -> Certificate:
     x = np.array(x, dtype=np.float64)
     if x.shape != (problem.n,) or not np.isfinite(x).all():
         raise ValueError(f"x must be finite with shape ({problem.n},); found shape {x.shape} and {x.dtype}")
-    feasible = problem.feasible
-    miss = _infeasibility(problem, x)
+    return certificate_at(problem.feasible, x, problem.objective.value(x), problem.objective.gradient(x))
+
+
+def certificate_at(feasible: FeasibleSet, x: np.ndarray, value: float, gradient: np.ndarray) -> Certificate:
+    """The same from f(x) and its gradient, each of which must have been computed from the problem and x alone."""
+    miss = _infeasibility(feasible, x)
     moves = Moves(feasible, x, settle=False)
     grad = np.zeros(len(moves.x))
-    grad[: problem.n] = problem.objective.gradient(x)
-    total, bound = _multipliers(moves, grad, problem)
+    grad[: feasible.n] = gradient
+    total, bound = _multipliers(moves, grad)
     lost = miss > 0 or not np.isfinite(grad).all()
     return Certificate(
-        objective=problem.objective.value(x),
+        objective=value,
         violation=np.inf if lost else moves.violation(grad),
         gap=np.inf if lost else moves.gap(grad),
         infeasibility=miss,
@@ -123,8 +127,8 @@ def certify(problem: Problem, x: Any) -> Certificate:
     )
 
 
-def _infeasibility(problem: Problem, x: np.ndarray) -> float:
-    feasible, n = problem.feasible, problem.n
+def _infeasibility(feasible: FeasibleSet, x: np.ndarray) -> float:
+    n = feasible.n
     worst = max(0.0, float((feasible.lower[:n] - x).max()), float((x - feasible.upper[:n]).max()))
     for s, (lo, hi) in enumerate(feasible.ranges):
         member = feasible.members(s)
@@ -135,17 +139,18 @@ def _infeasibility(problem: Problem, x: np.ndarray) -> float:
     return worst
 
 
-def _multipliers(moves: Moves, grad: np.ndarray, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+def _multipliers(moves: Moves, grad: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    feasible, n = moves.feasible, moves.feasible.n
     i, j = _compiled.violating_ends(grad, moves.rise, moves.fall, moves.labels, moves.groups)
     y = np.zeros(moves.groups)
     for s in range(moves.groups):
         ends = [grad[k] for k in (i[s], j[s]) if k >= 0]
         y[s] = -np.mean(ends) if ends else 0.0
-    labels = moves.feasible.labels[: problem.n]
-    reduced = grad[: problem.n] + np.where(labels >= 0, y[labels] if len(y) else 0.0, 0.0)
-    at_upper, at_lower = (room[: problem.n] == 0 for room in (moves.rise, moves.fall))
+    labels = feasible.labels[:n]
+    reduced = grad[:n] + np.where(labels >= 0, y[labels] if len(y) else 0.0, 0.0)
+    at_upper, at_lower = (room[:n] == 0 for room in (moves.rise, moves.fall))
     z = np.where(at_upper & (reduced < 0), -reduced, 0.0) + np.where(at_lower & (reduced > 0), -reduced, 0.0)
-    return problem.feasible.as_given(y), z
+    return feasible.as_given(y), z
 
 
 @dataclass

@@ -118,6 +118,7 @@ class Walk:
 
     def __init__(self, hessian: Any, face: Any, linear: Array, feasible: FeasibleSet, x: Array, watch: Watch):
         self.hessian, self.face, self.watch, self.feasible = hessian, face, watch, feasible
+        face.halted = watch.stop
         self.moves = Moves(feasible, x)
         self.n, self.N = len(linear), len(self.moves.x)
         self.linear = np.concatenate([linear, np.zeros(self.N - self.n)])

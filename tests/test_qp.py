@@ -103,6 +103,7 @@ def rotated(rng, spectrum):
         ({"x0": np.zeros(2)}, r"x0 must have shape \(3,\)"),
         ({"x0": [0, np.inf, 0]}, r"x0 must be finite; x0\[1\] is inf"),
         ({"tol": -1}, "tol must be at least 0; found -1"),
+        ({"tol": "small"}, "tol must be a number; found 'small'"),
         ({"tol": np.nan}, "tol must be at least 0; found nan"),
         ({"tol_gap": -1}, "tol_gap must be at least 0"),
         ({"max_iter": -1}, "max_iter must be at least 0"),
@@ -392,6 +393,28 @@ def test_an_operator_on_which_conjugate_gradients_fail_is_formed(monkeypatch):
     other = bcd.solve_qp(operator, case.q, **case.options)
     assert max(columns) == 1
     assert other.objective >= result.objective - 1e-9 * case.size(result.x)
+
+
+@pytest.mark.parametrize("stop", ["time limit", "Ctrl-C"])
+def test_conjugate_gradients_are_halted(stop):
+    """A step of an operator may take thousands of products: limits are looked at between those."""
+    rng = np.random.default_rng(5)
+    n = 2500  # beyond what is formed
+    P = np.geomspace(1e-8, 1, n)
+    seen = []
+
+    def slow(v):
+        seen.append(time.sleep(0.005))
+        if stop == "Ctrl-C" and len(seen) == 40:
+            signal.raise_signal(signal.SIGINT)
+        return P * v
+
+    operator = LinearOperator((n, n), matvec=slow, dtype=np.float64)
+    limit = 0.3 if stop == "time limit" else None
+    result = bcd.solve_qp(operator, rng.standard_normal(n), total=1, lower=-1e9, time_limit=limit)
+    assert result.status is (Status.TIME_LIMIT if limit else Status.INTERRUPTED)
+    assert len(seen) < 200
+    assert result.certificate.infeasibility == 0
 
 
 def test_an_operator_in_good_condition_is_never_formed():
