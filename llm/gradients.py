@@ -47,13 +47,14 @@ def _arrived(watcher: weakref.ref[Watcher], position: int, param: Tensor) -> Non
 
 def hear_losses(watcher: Watcher, model: nn.Module) -> Any:
     """A hook that reads the loss in what the model returns while training. Returns its handle."""
-    return model.register_forward_hook(functools.partial(_returned, weakref.ref(watcher)))
+    return model.register_forward_hook(functools.partial(_returned, weakref.ref(watcher)), with_kwargs=True)
 
 
-def _returned(watcher: weakref.ref[Watcher], module: nn.Module, args: Any, output: Any) -> None:
+def _returned(watcher: weakref.ref[Watcher], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     alive = watcher()
     if alive is not None and module.training and torch.is_grad_enabled():
-        alive.losses.hear(output)
+        # a model of transformers that is told how many tokens the whole window has divides by that number
+        alive.losses.hear(output, share=kwargs.get("num_items_in_batch") is not None)
 
 
 def stored(grad: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ How long a window is, is never asked: gradients accumulate as usual, and a switc
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ from llm.compact import CompactGrad, Part, index_dtype, pick_largest, restrict
 from llm.gradients import hear_losses, narrow, norm_of, not_finite_message, stored, update_inactive, watch
 from llm.moments import regroup, shelve, update_
 from llm.patience import LossWatch
-from llm.saving import check_names, on_device, pack, unpack
+from llm.row_gradients import RowGradients
+from llm.saving import check_names, check_settings, on_device, pack, unpack
 from llm.settings import Settings
 
 __all__ = ["BlockLLM"]
@@ -146,7 +148,7 @@ class BlockLLM(torch.optim.Optimizer):
         always: Sequence[str] = (),
         never: Sequence[str] = (),
         granularity: str = "rows",
-        reach: float | None = 4.0,
+        reach: float | None = None,
         inactive: str = "freeze",
         inactive_scale: float = 0.1,
         precision: str = "auto",
@@ -186,6 +188,8 @@ class BlockLLM(torch.optim.Optimizer):
         self._required = [p.requires_grad for p in self._params()]
         self._hooks: list[Any] = []
         self._watched: list[int] = []  # identities of the tensors with hooks
+        self._model = weakref.ref(model) if model is not None else None
+        self._row_gradients: RowGradients | None = None
         listens = model is not None and self.settings.patience is not None
         self._loss_hook = hear_losses(self, model) if listens and model is not None else None
         if self._chooser.rule.scored:
@@ -227,10 +231,33 @@ class BlockLLM(torch.optim.Optimizer):
             for handle in self._hooks:
                 handle.remove()
             self._hooks, self._watched = watch(self, params), [id(p) for p in params]
+            self._cover(params)
+        if self._row_gradients is not None:
+            self._row_gradients.use(self._active_rows())
         wanted = self._wanted()
         for position, p in enumerate(params):
             if p.is_floating_point():
                 p.requires_grad_(position in wanted)
+
+    def _cover(self, params: list[Tensor]) -> None:
+        """Prepare the modules of the model to compute gradients of active rows only."""
+        if self._row_gradients is not None:
+            self._row_gradients.remove()
+            self._row_gradients = None
+        model = self._model() if self._model is not None else None
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if model is not None and alone and self.blocks.granularity == "rows" and self.settings.inactive == "freeze":
+            self._row_gradients = RowGradients(self, model, params)
+
+    def _active_rows(self) -> dict[int, Tensor]:
+        """Positions that are active in some of their rows, with these; none where whole gradients are wanted."""
+        if self.census_on:
+            return {}
+        return {
+            k: part.where
+            for k, part in enumerate(self.parts or [])
+            if part is not None and part.unit == self.blocks.units[k] and 0 < part.count < self.blocks.slices(k)
+        }
 
     def _wanted(self) -> set[int]:
         every = set(range(len(self.blocks.sizes))) - self._chooser.never
@@ -275,6 +302,20 @@ class BlockLLM(torch.optim.Optimizer):
             kept = None
         if kept is not grad:
             param.grad = kept
+
+    @torch.no_grad()
+    def arrived_rows(self, position: int, grad: Tensor) -> None:
+        """Hook of a slot: keep or use the gradient of a parameter's active rows."""
+        part, param = self.parts[position], self.param(position)  # type: ignore[index]
+        if param.grad is not None:
+            grad = grad.add_(restrict(param.grad, part).active)  # type: ignore[arg-type, attr-defined]
+        if self.settings.in_backward:
+            self._once(position)
+            norm_of([self.blocks.names[position]], [grad])
+            self._update(position, CompactGrad(grad, part, param.shape), 1.0)  # type: ignore[arg-type]
+            param.grad = None
+        else:
+            param.grad = CompactGrad(grad, part, param.shape)  # type: ignore[arg-type]
 
     def _kept(self, position: int, grad: Tensor) -> Tensor | None:
         """What stays of a gradient."""
@@ -515,7 +556,7 @@ class BlockLLM(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            If it is of another kind of optimizer, or of other parameters.
+            If it is of another kind of optimizer, of other parameters, or of settings that its state does not fit.
         """
         groups = [dict(group) for group in state_dict["param_groups"]]
         selection = groups[0].pop("selection", None)
@@ -524,6 +565,7 @@ class BlockLLM(torch.optim.Optimizer):
                 "state_dict is not of BlockLLM: it lacks the selection in its first group; start with a new optimizer"
             )
         check_names(self.blocks.names, groups)
+        check_settings(self, selection)
         saved = [key for group in groups for key in group["params"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
         place = dict(zip(saved, self._params(), strict=True))
@@ -570,7 +612,9 @@ class BlockLLM(torch.optim.Optimizer):
             handle.remove()
         if self._loss_hook is not None:
             self._loss_hook.remove()
-        self._hooks, self._watched, self._loss_hook = [], [], None
+        if self._row_gradients is not None:
+            self._row_gradients.remove()
+        self._hooks, self._watched, self._loss_hook, self._row_gradients = [], [], None, None
         for p, required in zip(self._params(), self._required, strict=True):
             p.requires_grad_(required)
 

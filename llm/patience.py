@@ -42,16 +42,26 @@ class LossWatch:
         self.last: float | None = None
         self._told: list[Any] = []
         self._heard: list[Tensor] = []
+        self._shares = False  # losses that were heard add up to that of the window
 
     def observe(self, loss: Any) -> None:
         """Take a loss of this window that the user passed."""
         self._told.append(loss.detach() if isinstance(loss, Tensor) else loss)
 
-    def hear(self, output: Any) -> None:
-        """Take the loss in the output of a model; what the user passes in the same window counts instead."""
+    def hear(self, output: Any, share: bool = False) -> None:
+        """Take the loss in the output of a model; what the user passes in the same window counts instead.
+
+        Parameters
+        ----------
+        output
+            What the model returned.
+        share : bool
+            Whether its loss is divided over the whole window already, so that losses add up rather than average.
+        """
         loss = loss_of(output)
         if loss is not None:
             self._heard.append(loss)
+            self._shares = share
 
     def close(self) -> float | None:
         """The loss of the window that ends here, None if there was none.
@@ -62,13 +72,14 @@ class LossWatch:
             If it is not finite, or missing while there is patience.
         """
         seen = [float(loss) for loss in self._told or self._heard]
+        parts = 1 if self._shares and not self._told else len(seen)
         self.discard()
         if not seen and self.patience is not None:
             raise ValueError(
                 f"patience={self.patience} needs the loss of every step: call step(loss=loss), or observe(loss) before "
                 "step(), or pass a model that returns its loss; or set patience=None and switch_every=a number of steps"
             )
-        loss = sum(seen) / len(seen) if seen else None
+        loss = sum(seen) / parts if seen else None
         if loss is not None and not math.isfinite(loss):
             raise ValueError(
                 f"loss must be finite; found {loss}. Nothing was updated. Lower lr, clip (max_grad_norm=1.0), or look "
@@ -93,4 +104,4 @@ class LossWatch:
 
     def discard(self) -> None:
         """Forget this window."""
-        self._told, self._heard = [], []
+        self._told, self._heard, self._shares = [], [], False

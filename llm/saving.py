@@ -18,7 +18,7 @@ from llm.compact import Part
 if TYPE_CHECKING:
     from llm.optimizer import BlockLLM
 
-__all__ = ["check_names", "on_device", "pack", "unpack"]
+__all__ = ["check_names", "check_settings", "on_device", "pack", "unpack"]
 
 _PLAIN = ("steps", "since", "reason", "seed", "census_on", "history")
 
@@ -26,12 +26,16 @@ _PLAIN = ("steps", "since", "reason", "seed", "census_on", "history")
 def pack(optimizer: BlockLLM) -> dict[str, Any]:
     """The selection of an optimizer."""
     rule = optimizer.rule_state
-    return {name: getattr(optimizer, name) for name in _PLAIN} | {
-        "census": optimizer.census.state_dict(),
-        "losses": list(optimizer.losses.losses),
-        "rule": rule._asdict() if hasattr(rule, "_asdict") else rule,
-        "parts": None if optimizer.parts is None else [part and dict(vars(part)) for part in optimizer.parts],
-    }
+    return (
+        {"settings": _fixed(optimizer)}
+        | {name: getattr(optimizer, name) for name in _PLAIN}
+        | {
+            "census": optimizer.census.state_dict(),
+            "losses": list(optimizer.losses.losses),
+            "rule": rule._asdict() if hasattr(rule, "_asdict") else rule,
+            "parts": None if optimizer.parts is None else [part and dict(vars(part)) for part in optimizer.parts],
+        }
+    )
 
 
 def unpack(optimizer: BlockLLM, saved: Mapping[str, Any]) -> None:
@@ -50,6 +54,27 @@ def unpack(optimizer: BlockLLM, saved: Mapping[str, Any]) -> None:
             param = optimizer.param(position)
             index = optimizer.state.get(param, {}).get("index", part.index)  # one copy serves both
             optimizer.parts[position] = part.at(index.to(param.device))  # type: ignore[index]
+
+
+def _fixed(optimizer: BlockLLM) -> dict[str, Any]:
+    """Settings that say what the state of the rule is of; all others may be changed when a run goes on."""
+    settings, chooser = optimizer.settings, optimizer._chooser
+    rule = settings.rule if isinstance(settings.rule, str) else type(settings.rule).__name__
+    fixed: dict[str, Any] = {"rule": rule, "granularity": settings.granularity, "reach": settings.reach}
+    for name, positions in (("always", chooser.always), ("never", chooser.never)):  # those of embeddings= among them
+        fixed[name] = [optimizer.blocks.names[p] for p in sorted(positions)]
+    return fixed
+
+
+def check_settings(optimizer: BlockLLM, saved: Mapping[str, Any]) -> None:
+    """ValueError where a saved selection was made with settings that its state does not fit."""
+    for name, ours in _fixed(optimizer).items():
+        theirs = saved["settings"][name]
+        if theirs != ours:
+            raise ValueError(
+                f"state_dict was saved with {name}={theirs!r}, but this optimizer has {name}={ours!r}; make it with "
+                "the same settings, or begin with a new state"
+            )
 
 
 def check_names(names: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> None:

@@ -242,7 +242,7 @@ def give(optimizer, way, loss, model):
     elif way == "closure":
         optimizer.step(lambda: loss)
     else:
-        model._forward_hooks[next(iter(model._forward_hooks))](model, (), {"loss": torch.tensor(loss)})
+        model._forward_hooks[next(iter(model._forward_hooks))](model, (), {}, {"loss": torch.tensor(loss)})
         optimizer.step()
 
 
@@ -400,7 +400,7 @@ def test_update_without_state_leaves_active_entries_to_adam(granularity):
         optimizer = BlockLLM(model, 1e-2, granularity=granularity, budget=0.2, inactive=inactive, switch_every=None)
         train(model, optimizer, batches(2))
         finals.append(active_entries(optimizer))
-    assert torch.equal(*finals)
+    torch.testing.assert_close(*finals, atol=1e-6, rtol=1e-5)  # of rows, gradients are computed in another way
 
 
 def active_entries(optimizer):

@@ -136,6 +136,32 @@ def test_other_checkpoints_are_refused():
         optimizer.load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("saved", "made", "message"),
+    [
+        ({}, {"granularity": "layer"}, "saved with granularity='rows', but this optimizer has granularity='layer'"),
+        ({"rule": "cyclic", "granularity": "tensor"}, {"granularity": "tensor"}, "saved with rule='cyclic', but"),
+        ({"reach": 4.0}, {}, "saved with reach=4.0, but this optimizer has reach=None"),
+        ({"never": ["0"]}, {"never": ["2.bias"]}, r"saved with never=\['0.weight'\], but .* never=\['2.bias'\]"),
+        ({"embeddings": "always", "budget": 0.9}, {"budget": 0.9}, r"saved with always=\['0.weight'\], but .*\[\]"),
+    ],
+)
+def test_states_of_other_blocks_are_refused(saved, made, message):
+    run = make(**saved)
+    steps(*run, batches(2))
+    with pytest.raises(ValueError, match=f"state_dict was {message}.*; make it with the same settings"):
+        make(**made)[1].load_state_dict(run[1].state_dict())
+
+
+def test_what_does_not_shape_the_state_may_change():
+    run = make()
+    steps(*run, batches(2))
+    again = make(budget=0.4, patience=3, switch_every=2, max_grad_norm=1.0, moments="keep", ramp=0, visit_power=0.5)
+    again[1].load_state_dict(through_a_file(run[1].state_dict()))
+    steps(*again, batches(5))
+    assert again[1].steps == 7
+
+
 def test_history_and_losses_go_on():
     run = make(patience=4, switch_every=None)
     steps(*run, batches(5))

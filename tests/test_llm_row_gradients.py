@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Gradients of active rows alone equal those rows of whole gradients, and cost what rows cost."""
+
+from __future__ import annotations
+
+import copy
+import io
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from llm import BlockLLM
+from llm.compact import CompactGrad
+from llm.row_gradients import cover
+
+VOCABULARY, WIDTH = 40, 12
+
+
+class Tiny(nn.Module):
+    """Token table, two layers, a head that may be the table."""
+
+    def __init__(self, tied: bool, bias: bool = True, checkpointed: str = "") -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, WIDTH, padding_idx=0)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 3 * WIDTH, bias=bias), nn.ReLU(), nn.Linear(3 * WIDTH, WIDTH, bias=bias))
+            for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.checkpointed = checkpointed
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        if self.checkpointed == "reentrant" and not x.requires_grad:
+            x.requires_grad_()
+        for layer in self.layers:
+            again = {"use_reentrant": self.checkpointed == "reentrant"}
+            x = x + (checkpoint(layer, x, **again) if self.checkpointed else layer(x))
+        return self.head(self.norm(x))
+
+
+def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
+    tokens = torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(seed))
+    return functional.cross_entropy(model(tokens).float().flatten(0, 1), tokens.roll(-1, 1).flatten())
+
+
+def train(model: nn.Module, params, *, steps=7, parts=1, cast=None, model_argument=None, **options) -> list[float]:
+    optimizer = BlockLLM(
+        params, 3e-3, model=model_argument, budget=0.2, switch_every=3, granularity="rows", reach=None, **options
+    )
+    losses = []
+    for step in range(steps):
+        for part in range(parts):
+            with torch.autocast("cpu", dtype=cast) if cast else nullcontext():
+                loss = loss_of(model, step * parts + part)
+            loss.backward()
+        if options.get("max_grad_norm") is None and not options.get("in_backward"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    optimizer.close()
+    return losses
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("checkpointed", ["", "again", "reentrant"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"parts": 2},
+        {"in_backward": True},
+        {"max_grad_norm": 0.1, "states": "8bit"},
+        {"cast": torch.bfloat16},
+        {"moments": "keep", "census": "probe"},
+        {"embeddings": "never"},
+    ],
+    ids=str,
+)
+def test_same_run_as_with_whole_gradients(tied, checkpointed, how):
+    if tied and how.get("in_backward"):
+        pytest.skip("a tied table has one gradient, of which its slot knows all; below")
+    torch.manual_seed(0)
+    ours = Tiny(tied, checkpointed=checkpointed)
+    plain = copy.deepcopy(ours)
+    plain_how = how if "embeddings" not in how else {"never": ("table",) if tied else ("table", "head")}
+    pairs = train(ours, ours, **how), train(plain, plain.named_parameters(), **plain_how)
+    tolerance = 5e-3 if how.get("cast") else 1e-5
+    torch.testing.assert_close(*(torch.tensor(losses) for losses in pairs), atol=tolerance, rtol=tolerance)
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=2e-2 if how.get("cast") else 2e-4, rtol=1e-3)
+
+
+def one_step(model: nn.Module, **options) -> BlockLLM:
+    optimizer = BlockLLM(model, 1e-3, budget=0.2, granularity="rows", reach=None, **options)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def test_tied_table_is_updated_once_in_the_backward():
+    torch.manual_seed(0)
+    model = Tiny(tied=True)
+    optimizer = one_step(model, in_backward=True)
+    assert "table.weight" in optimizer.active()
+    before = model.table.weight.detach().clone()
+    loss_of(model, 1).backward()
+    assert not torch.equal(before, model.table.weight)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_no_gradient_of_the_whole_weight_is_made():
+    torch.manual_seed(0)
+    model = Tiny(tied=False)
+    optimizer = one_step(model)
+    part = {n: k for k, n in enumerate(optimizer.blocks.names)}
+    shapes: list[tuple[int, ...]] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "mm" in str(func):
+                shapes.append(tuple(out.shape))
+            return out
+
+    loss = loss_of(model, 1)
+    with Watch():
+        loss.backward()
+    partly = [n for n in optimizer.active() if optimizer.active()[n] < model.get_parameter(n).numel()]
+    assert partly
+    whole = {tuple(model.get_parameter(n).shape) for n in partly}
+    assert not whole & set(shapes)
+    for name in partly:
+        grad = model.get_parameter(name).grad
+        assert isinstance(grad, CompactGrad)
+        assert torch.equal(grad.part.where, optimizer.parts[part[name]].where)
+
+
+def test_weights_used_outside_of_their_modules_lose_nothing():
+    torch.manual_seed(0)
+    model = Tiny(tied=False)
+    optimizer = one_step(model)
+    name = next(n for n in optimizer.active() if n.endswith("weight") and "norm" not in n)
+    weight = model.get_parameter(name)
+
+    def loss() -> torch.Tensor:
+        return loss_of(model, 1) + weight.square().sum()
+
+    loss().backward()
+    grad = weight.grad.dense()
+    optimizer.close()
+    optimizer.zero_grad()
+    loss().backward()
+    torch.testing.assert_close(grad, torch.where(grad == 0, 0, weight.grad))
+
+
+def test_a_census_sees_whole_gradients():
+    torch.manual_seed(0)
+    model = Tiny(tied=True)
+    optimizer = BlockLLM(model, 1e-3, budget=0.2, switch_every=2, granularity="rows", reach=None)
+    for step in range(6):
+        census = optimizer.census_on
+        loss_of(model, step).backward()
+        if census:
+            names = [optimizer.blocks.names[k] for k in optimizer.census.squares]
+            assert set(names) == set(optimizer.blocks.names)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(optimizer.history) > 2
+
+
+def test_copies_saved_models_and_closed_ones_are_plain():
+    torch.manual_seed(0)
+    model = Tiny(tied=True)
+    optimizer = one_step(model)
+    assert "forward" in model.head.__dict__
+    twin = copy.deepcopy(model).requires_grad_()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False).requires_grad_()
+    for other in (twin, loaded):
+        loss_of(other, 1).backward()
+        assert all(p.grad is not None and not isinstance(p.grad, CompactGrad) for p in other.parameters())
+    assert set(model.state_dict()) == set(twin.state_dict())
+    optimizer.close()
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_other_weights_in_a_functional_call_get_their_own_gradients():
+    torch.manual_seed(0)
+    model = Tiny(tied=False)
+    one_step(model)
+    others = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    tokens = torch.arange(14).view(2, 7)
+    torch.func.functional_call(model, others, tokens).sum().backward()
+    assert all(p.grad is not None for p in others.values())
+
+
+def test_modules_that_compute_something_else_are_left_alone():
+    class Scaled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.ModuleList(
+        [
+            nn.Linear(3, 3),
+            Scaled(3, 3),
+            nn.Embedding(4, 3, max_norm=1.0),
+            nn.Embedding(4, 3, sparse=True),
+            nn.Conv1d(3, 3, 1),
+        ]
+    )
+    model[0].bias = None
+    assert list(cover(model, list(model.parameters()))) == [0]
+    norm = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, bias=False))
+    assert not cover(norm, list(norm.parameters()))
