@@ -174,8 +174,10 @@ class Backtracking:
         there[chosen.index] += chosen.step
         objective, n = at.problem.objective, at.n
         value = objective.value(there[:n])
+        if np.isnan(value) or value == np.inf:  # outside the domain
+            return False
         rounding = 4 * _compiled.EPS * max(abs(at.value), abs(value))
-        if abs(slope) > 1e5 * rounding or not np.isfinite(value):
+        if abs(slope) > 1e5 * rounding or value == -np.inf:
             return bool(value <= at.value + slope + 0.5 * at.lipschitz * square + rounding)
         change = objective.gradient(there[:n]) - at.grad[:n]
         real = chosen.index < n

@@ -290,3 +290,16 @@ def test_updates_that_do_not_fit_say_what_does():
         bcd.minimize(problem, "wss2", ModelStep())
     with pytest.raises(ValueError, match=r"q >= 2"):
         GS1Block(1)
+
+
+def test_backtracking_stays_where_f_is_finite():
+    def fun(x):
+        return -np.log(x[0] - 0.3) + 10 * x[0] if x[0] > 0.3 else np.inf
+
+    def grad(x):
+        return np.array([10 - 1 / (x[0] - 0.3), 0.0])
+
+    problem = bcd.Problem(bcd.Smooth(fun, grad, 2), bcd.SumBox(lower=0, total=1))
+    result = bcd.minimize(problem, x0=[0.9, 0.1], tol=1e-8)
+    assert result.status is bcd.Status.CONVERGED
+    np.testing.assert_allclose(result.x, [0.4, 0.6], atol=1e-7)  # 10 = 1 / (x - 0.3)
