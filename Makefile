@@ -1,12 +1,13 @@
 # make demo    install and run the main job, with pictures, in demo/index.html
 # make test    lint, types and every test (this is what CI runs)
+# make report  every table and picture of experiments/results on one page, report.html
 # make lint | bench | bench-svm | bench-qp | docs | test-slow | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-svm test test-slow lint bench bench-svm bench-qp docs clean
+.PHONY: demo demo-svm test test-slow lint bench bench-svm bench-qp report docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,8 +32,8 @@ demo-svm: $(VENV)/.base
 	$(BIN)/bcd demo --out demo
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check bcd llm experiments tests
-	$(BIN)/ruff format --check bcd llm experiments tests
+	$(BIN)/ruff check bcd llm experiments tests docs/gallery docs/conf.py
+	$(BIN)/ruff format --check bcd llm experiments tests docs/gallery docs/conf.py
 	$(BIN)/mypy
 
 test: lint docs
@@ -64,5 +65,8 @@ bench-qp: $(VENV)/.bench
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run qp_peers
 	$(BIN)/python -m experiments tables
 
+report: $(VENV)/.dev
+	$(BIN)/python -m experiments report
+
 clean:
-	rm -rf $(VENV) demo docs/_build docs/api build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo report.html docs/_build docs/api build dist .pytest_cache .mypy_cache .ruff_cache

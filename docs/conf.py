@@ -1,5 +1,9 @@
 """Sphinx configuration: `make docs`, warnings are errors, no network."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import bcd
 
 project = "blockdescent"
@@ -17,3 +21,8 @@ numpydoc_show_class_members = False
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
+
+
+def setup(app):
+    """Run the scripts of the gallery, whose output and pictures its page includes."""
+    subprocess.run([sys.executable, str(Path(__file__).parent / "gallery" / "run.py")], check=True)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``python -m experiments list | run NAME [--quick] | tables``."""
+"""``python -m experiments list | run NAME [--quick] | tables | report``."""
 
 from __future__ import annotations
 
-import re
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import experiments
-from experiments import record, tables
+from experiments import record, report, tables
 
 app = typer.Typer(help="Run the experiments behind the figures and tables.", no_args_is_help=True)
 
@@ -19,9 +19,7 @@ app = typer.Typer(help="Run the experiments behind the figures and tables.", no_
 def list_experiments() -> None:
     """Name every experiment with its title."""
     for name in experiments.names():
-        source = (experiments.FOLDER / f"{name}.py").read_text(encoding="utf-8")
-        title = re.search(r'^TITLE = "(.*)"', source, re.MULTILINE)[1]
-        typer.echo(f"{name:16} {title}")
+        typer.echo(f"{name:16} {report.title(name)}")
 
 
 @app.command()
@@ -48,6 +46,15 @@ def rewrite_tables() -> None:
     for path in tables.documents():
         changed = tables.update(path)
         typer.echo(f"{path.name}: {'rewritten' if changed else 'in step'}")
+
+
+@app.command("report")
+def write_report(
+    out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
+) -> None:
+    """Write every table and picture into one HTML page that needs nothing but itself."""
+    report.write(out)
+    typer.echo(out)
 
 
 if __name__ == "__main__":
