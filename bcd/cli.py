@@ -9,10 +9,10 @@ precision); 4 the objective is unbounded or became NaN; 130 interrupted.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +60,8 @@ def demo(
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     with _errors():
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out}: must be a folder, or a name that is free")
         code = run_demo(out, console)
     raise typer.Exit(code)
 
@@ -101,7 +103,8 @@ def solve(
     with _errors():
         problem, x0 = load_problem(file)
         _check_targets(out, plot)
-        with _progress() as callback:
+        _check_picture(plot)
+        with _progress() as callback, np.errstate(over="ignore", invalid="ignore"):  # the status says what overflowed
             result = bcd.minimize(
                 problem,
                 rule,
@@ -146,14 +149,21 @@ def load_problem(file: Path) -> tuple[bcd.Problem, np.ndarray | None]:
 
 def _read_npz(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
-        raise ValueError(f"{file}: no such file")
-    try:
-        with zipfile.ZipFile(file):
-            pass
-        with np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, zlib.error) as broken:
-        raise ValueError(f"{file}: must be an npz archive of plain arrays, as np.savez writes ({broken})") from broken
+        raise ValueError(f"{file}: {'is a folder; needs a file' if file.is_dir() else 'no such file'}")
+    with file.open("rb") as handle:
+        try:
+            with zipfile.ZipFile(handle):
+                pass
+            handle.seek(0)
+            with np.load(handle, allow_pickle=False) as stored:
+                data = {name: stored[name] for name in stored.files}
+        except Exception as broken:  # zipfile, its decompressors and NumPy's headers raise almost anything
+            why = " ".join(str(broken).split())[:200] or type(broken).__name__
+            raise ValueError(f"{file}: must be an npz archive of plain arrays, as np.savez writes ({why})") from broken
+    for name, array in data.items():
+        if not isinstance(array, np.ndarray):  # what is no array in the archive comes as its bytes
+            raise ValueError(f"{file}: must be an npz archive of plain arrays; found {name!r}, which is none")
+    return data
 
 
 def _total(data: dict[str, np.ndarray]) -> Any:
@@ -174,15 +184,34 @@ def _total(data: dict[str, np.ndarray]) -> Any:
 def save_result(file: Path, result: bcd.Result) -> None:
     """Write x, multipliers and certificate as an npz without pickles."""
     fields: dict[str, Any] = {name: np.asarray(value) for name, value in result.as_dict().items()}
-    with file.open("wb") as handle:
-        np.savez(handle, **fields)
+    try:
+        with file.open("wb") as handle:
+            np.savez(handle, **fields)
+    except OSError as error:  # a full disk does not say which file
+        raise OSError(f"{file}: {error.strerror or error}") from error
 
 
 def _check_targets(*targets: Path | None) -> None:
     """Refuse before the work what could not be written after it."""
     for target in targets:
-        if target is not None and (target.is_dir() or not target.absolute().parent.is_dir()):
+        if target is None:
+            continue
+        folder = target.absolute().parent
+        if target.is_dir() or not folder.is_dir():
             raise ValueError(f"{target}: must be a file in a folder that exists")
+        if not os.access(target if target.exists() else folder, os.W_OK):
+            raise ValueError(f"{target}: must be a file that can be written; there is no permission")
+
+
+def _check_picture(target: Path | None) -> None:
+    """Refuse before the work a kind of picture that matplotlib does not write."""
+    if target is None:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if target.suffix and target.suffix[1:].lower() not in kinds:
+        raise ValueError(f"{target}: a picture must end in one of {', '.join(sorted(kinds))}")
 
 
 def _json_safe(value: Any) -> Any:

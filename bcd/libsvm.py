@@ -303,14 +303,19 @@ def _read_pairs(reader: _Reader, tokens: list[bytes], precomputed: bool, indices
 def write_model(model: Model, path: str | os.PathLike[str]) -> None:
     """Write a model file; every number is written so that it reads back to the same float64.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all; a link stays one, and what it leads to is written. A device, a pipe
+    (/dev/null, /dev/stdout), and a file in a folder that takes no new one are written in place.
 
     Parameters
     ----------
     model : Model
     path : path
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK)):
+        with open(target, "w", encoding="ascii") as handle:
+            handle.writelines(_lines(model))
+        return
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with open(partial, "w", encoding="ascii") as handle:
@@ -582,7 +587,8 @@ def read_data(
     from sklearn.datasets import load_svmlight_file
 
     if not Path(path).is_file():
-        raise ValueError(f"{os.fspath(path)}: no such file")
+        found = "is a folder; needs a file" if Path(path).is_dir() else "no such file"
+        raise ValueError(f"{os.fspath(path)}: {found}")
     try:
         X, y = load_svmlight_file(os.fspath(path), dtype=dtype, zero_based=precomputed)
     except (ValueError, OverflowError) as error:
