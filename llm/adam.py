@@ -24,6 +24,7 @@ __all__ = [
     "adam_direction",
     "adamw_",
     "compand",
+    "decode",
     "expand",
     "first_direction",
     "state_free_",
@@ -94,7 +95,7 @@ def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:
         ``value`` itself where bfloat16 can hold it.
     """
     bits = value.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=value.device, generator=generator)
+    noise = torch.empty_like(bits).random_(0, 1 << 16, generator=generator)
     return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
@@ -119,12 +120,14 @@ def compand(value: Tensor, signed: bool, generator: torch.Generator) -> tuple[Te
     groups = torch.nn.functional.pad(value, (0, -value.numel() % GROUP)).view(-1, GROUP)
     scale = groups.abs().amax(1)
     share = (groups / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).view(-1)[: value.numel()]
+    del groups
     top, power = (127, 2) if signed else (255, 4)
     size = share.abs()
-    low = (size ** (1 / power) * top).floor_().clamp_(max=top - 1)
-    below, above = (low / top) ** power, ((low + 1) / top) ** power
-    up = torch.rand(size.shape, device=size.device, generator=generator) < (size - below) / (above - below)
-    code = low + up
+    code = size.pow(1 / power).mul_(top).floor_().clamp_(max=top - 1)
+    below = (code / top).pow_(power)
+    gap = ((code + 1) / top).pow_(power).sub_(below)
+    draw = torch.empty_like(size).uniform_(generator=generator)
+    code += draw.mul_(gap) < below.sub_(size).neg_()
     if signed:
         return code.copysign_(share).to(torch.int8), scale
     return torch.where(size > 0, code.clamp_(min=1), code).to(torch.uint8), scale
@@ -132,6 +135,11 @@ def compand(value: Tensor, signed: bool, generator: torch.Generator) -> tuple[Te
 
 def expand(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 values that :func:`compand` stored."""
+    return decode(codes, scales.repeat_interleave(GROUP)[: codes.numel()])
+
+
+def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """The same where every entry comes with the scale of its group."""
     share = codes.float()
-    share = share.abs() * share / 127**2 if codes.dtype == torch.int8 else (share / 255) ** 4
-    return share * scales.repeat_interleave(GROUP)[: codes.numel()]
+    share = share.abs().mul_(share).div_(127**2) if codes.dtype == torch.int8 else share.div_(255).pow_(4)
+    return share.mul_(scale)

@@ -129,7 +129,7 @@ class Census:
     ) -> tuple[Tensor, Tensor]:
         unit = self.blocks.units[position]
         squares = grad.new_zeros(self.blocks.slices(position), dtype=torch.float32)
-        counts = torch.zeros(BINS if self.entries else 0, dtype=torch.int64, device=grad.device)
+        counts = grad.new_zeros(BINS if self.entries else 0, dtype=torch.int64)
         entries = grad.reshape(-1)
         for a, b in _pieces(entries.numel(), unit):
             piece = self._processed(entries[a:b], hyper)
@@ -188,6 +188,9 @@ class Census:
 
     def not_finite(self) -> list[str]:
         """Names of parameters with a NaN or infinity in their gradient."""
+        largest = [squares.max() for squares in self.squares.values()]
+        if not largest or bool(torch.stack([value.to(largest[0].device) for value in largest]).isfinite().all()):
+            return []  # one question to the device, not one for every parameter
         return [self.blocks.names[p] for p, squares in self.squares.items() if not bool(squares.isfinite().all())]
 
     def state_dict(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from llm.recipe import Recipe
 from llm.run_folder import RunFolder
 from llm.training import Training, log_evaluation, train
 
-BUDGET, LR, SWITCHES = 0.05, 3e-4, 4
+BUDGET, LR, SWITCHES = 0.05, 1e-3, 4
 BATCH, LENGTH = 2, 128  # examples of a batch, tokens of an example
 EVERY, HELD = 10, 16  # each how many-th topic is held out; examples of these that are evaluated
 FEWEST = 8  # steps, however slow the machine

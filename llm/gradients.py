@@ -70,7 +70,9 @@ def narrow(param: Tensor, part: Part | None) -> None:
     elif part.index is None:
         param.grad = restrict(grad, pick_largest(grad, part.count))
     else:
-        param.grad = restrict(grad, part.at(part.index.to(param.device)))
+        part = part.at(part.index.to(param.device))
+        if not (isinstance(grad, CompactGrad) and torch.equal(grad.part.where, part.where)):
+            param.grad = restrict(grad, part)
 
 
 def norm_of(names: Sequence[str], grads: Sequence[Tensor]) -> float:
@@ -81,7 +83,7 @@ def norm_of(names: Sequence[str], grads: Sequence[Tensor]) -> float:
     ValueError
         If it is not finite, with the names of those to blame.
     """
-    norms = [torch.linalg.vector_norm(stored(g), dtype=working_dtype(g.dtype)) for g in grads]
+    norms = [_norm(stored(g)) for g in grads]
     if not norms:
         return 0.0
     total = float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
@@ -89,6 +91,15 @@ def norm_of(names: Sequence[str], grads: Sequence[Tensor]) -> float:
         bad = [name for name, norm in zip(names, norms, strict=True) if not norm.isfinite()]
         raise ValueError(not_finite_message(bad or ["all active parameters together"]))
     return total
+
+
+def _norm(entries: Tensor) -> Tensor:
+    """Piece by piece where the working type is wider: a kernel may copy what it converts."""
+    dtype = working_dtype(entries.dtype)
+    if entries.dtype == dtype:
+        return torch.linalg.vector_norm(entries)
+    pieces = [torch.linalg.vector_norm(piece, dtype=dtype) for piece in entries.reshape(-1).split(CHUNK)]
+    return torch.linalg.vector_norm(torch.stack(pieces))
 
 
 def not_finite_message(names: Sequence[str]) -> str:

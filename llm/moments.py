@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.adam import GROUP, Hyper, adam_direction, adamw_, compand, expand, stochastic_round
+from llm.adam import GROUP, Hyper, adam_direction, adamw_, compand, decode, expand, stochastic_round
 from llm.compact import CompactGrad, Part, flat
 
 __all__ = ["STATES", "active_directions", "bytes_per_entry", "regroup", "round_to", "update_"]
@@ -70,15 +70,15 @@ def _spans(part: Part, size: int, lo: int, hi: int) -> Iterator[tuple[int, int, 
         yield k * unit, stop * unit, part.where[k:stop]
 
 
-def _begin(cohort: Cohort, unit: int, states: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Zero moments."""
+def _begin(cohort: Cohort, unit: int, states: str, dtype: torch.dtype, like: Tensor) -> None:
+    """Zero moments, where ``like`` is."""
     shape = (cohort["count"], unit)
     low = {"bf16": (torch.bfloat16, torch.bfloat16), "8bit": (torch.int8, torch.uint8)}
     for name, kind in zip(_MOMENTS, low.get(states, (dtype, dtype)), strict=True):
-        cohort[name] = torch.zeros(shape, dtype=kind, device=device)
+        cohort[name] = like.new_zeros(shape, dtype=kind)
         if states == "8bit":
             scales = -(-cohort["count"] * unit // GROUP)
-            cohort[name + "_scale"] = torch.zeros(scales, device=device)
+            cohort[name + "_scale"] = like.new_zeros(scales, dtype=torch.float32)
 
 
 def _read(cohort: Cohort, name: str, a: int, b: int, dtype: torch.dtype) -> Tensor:
@@ -118,7 +118,7 @@ def update_(
     param : Tensor
         Changed in its active entries, and there alone.
     grad : Tensor
-        Dense if the part is the whole tensor, else a :class:`CompactGrad` of this part.
+        A :class:`CompactGrad` of this part, or dense, of which only the part is looked at.
     part : Part
     cohorts : list of dict
         Changed: steps count up, moments move (and are made at the first step).
@@ -134,23 +134,29 @@ def update_(
     """
     size, dtype = param.numel(), working_dtype(param.dtype)
     entries = flat(param)
+    compact = isinstance(grad, CompactGrad)
     gradient = (grad.active if isinstance(grad, CompactGrad) else grad).reshape(-1)
     lo = 0
     for cohort in cohorts:
         if "exp_avg" not in cohort:
-            _begin(cohort, part.unit, states, dtype, param.device)
+            _begin(cohort, part.unit, states, dtype, entries)
             if precision == "fp32-active" and dtype != param.dtype:
                 cohort["master"] = _taken(entries, part, lo, cohort["count"]).to(dtype)
         cohort["step"] += 1
         rate = hyper._replace(lr=hyper.lr * min(1.0, cohort["step"] / (cohort["ramp"] or 1)))
         start = lo * part.unit
         for a, b, where in _spans(part, size, lo, lo + cohort["count"]):
-            piece = gradient[a:b].to(dtype)
+            piece = (gradient[a:b] if compact else _at(gradient, where, part.unit)).to(dtype)
             piece = piece * scale if scale != 1.0 else piece
             _update_span(entries, where, piece, cohort, (a - start, b - start), rate, part.unit, precision, generator)
         lo += cohort["count"]
     if not param.is_contiguous():  # its layout is not that of a vector
         param.detach().copy_(entries.view(param.shape))
+
+
+def _at(entries: Tensor, where: slice | Tensor, unit: int) -> Tensor:
+    """A piece of a tensor as :func:`_spans` names it; a view if that is a slice."""
+    return entries[where] if isinstance(where, slice) else entries.view(-1, unit)[where].view(-1)
 
 
 def _taken(entries: Tensor, part: Part, lo: int, count: int) -> Tensor:
@@ -171,7 +177,7 @@ def _update_span(
     generator: torch.Generator,
 ) -> None:
     a, b = span
-    stored = entries[where] if isinstance(where, slice) else entries.view(-1, unit)[where].view(-1)
+    stored = _at(entries, where, unit)
     weight = cohort["master"].view(-1)[a:b] if "master" in cohort else stored.to(grad.dtype)
     mean, square = (_read(cohort, name, a, b, grad.dtype) for name in _MOMENTS)
     adamw_(weight, grad, mean, square, cohort["step"], hyper)
@@ -205,7 +211,7 @@ def active_directions(
         start = lo * part.unit
         if "exp_avg" in cohort:
             for a, b, where in _spans(part, grad.numel(), lo, lo + cohort["count"]):
-                piece = entries[where] if isinstance(where, slice) else entries.view(-1, part.unit)[where].view(-1)
+                piece = _at(entries, where, part.unit)
                 piece = piece.to(working_dtype(piece.dtype))
                 mean, square = (_read(cohort, name, a - start, b - start, piece.dtype) for name in _MOMENTS)
                 yield a, b, adam_direction(piece, mean, square, cohort["step"] + 1, hyper), where, piece
@@ -301,18 +307,33 @@ def _moved(record: Cohort, slot: Tensor, offset: Tensor, unit: int, generator: t
     count = record["count"]
     same = unit == record["unit"] and len(slot) == count and torch.equal(slot, torch.arange(count).to(slot))
     for name in (*_MOMENTS, "master"):
-        if name in record:
-            scales = record.get(name + "_scale")
-            stored = expand(record[name].view(-1), scales) if scales is not None and not same else record[name]
-            table = stored.view(count, -1, unit)
-            at = (slot.to(table.device), offset.to(table.device))
-            cohort[name] = (stored if same else table[at]).to(slot.device)
-            if scales is not None and same:
-                cohort[name + "_scale"] = scales.to(slot.device)
-            elif scales is not None:
-                codes, cohort[name + "_scale"] = compand(cohort[name].view(-1), name == "exp_avg", generator)
-                cohort[name] = codes.view(len(slot), unit)
+        scaled = name + "_scale" in record
+        if name in record and same:
+            cohort |= {key: record[key].to(slot.device) for key in (name, name + "_scale")[: 1 + scaled]}
+        elif scaled:
+            cohort[name], cohort[name + "_scale"] = _moved_codes(record, name, slot, offset, unit, generator)
+        elif name in record:
+            table = record[name].view(count, -1, unit)
+            cohort[name] = table[slot.to(table.device), offset.to(table.device)].to(slot.device)
     return cohort
+
+
+def _moved_codes(
+    record: Cohort, name: str, slot: Tensor, offset: Tensor, unit: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some slices of an 8-bit moment; groups fall elsewhere, so that they are made anew."""
+    stored, scales = record[name].view(-1), record[name + "_scale"]
+    total = len(slot) * unit
+    codes = stored.new_empty(total, device=slot.device)
+    new = scales.new_empty(-(-total // GROUP), device=slot.device)
+    start = (slot * record["unit"] + offset * unit).to(stored.device)
+    for a in range(0, total, CHUNK):
+        b = min(total, a + CHUNK)
+        place = torch.arange(a, b, device=stored.device)
+        place = start[place // unit] + place % unit
+        value = decode(stored[place], scales[place // GROUP]).to(slot.device)
+        codes[a:b], new[a // GROUP : -(-b // GROUP)] = compand(value, name == "exp_avg", generator)
+    return codes.view(len(slot), unit), new
 
 
 def _released(record: Cohort, taken: Tensor, moments: str, generator: torch.Generator) -> list[Cohort]:

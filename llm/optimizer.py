@@ -31,7 +31,7 @@ from llm.census import Census
 from llm.choose import make_chooser
 from llm.compact import CompactGrad, Part, index_dtype, pick_largest, restrict
 from llm.gradients import hear_losses, narrow, norm_of, not_finite_message, stored, update_inactive, watch
-from llm.moments import regroup, shelve, update_
+from llm.moments import bytes_per_entry, regroup, shelve, update_
 from llm.patience import LossWatch
 from llm.row_gradients import RowGradients
 from llm.saving import check_names, check_settings, on_device, pack, unpack
@@ -39,7 +39,7 @@ from llm.settings import Settings
 
 __all__ = ["BlockLLM"]
 
-HELD = 2  # times the budget: how much gradient the first window may hold before it drops what will not be chosen
+HELD = 2  # times the budget, or what moments and gradients take later: how much gradient the first window may hold
 
 
 class BlockLLM(torch.optim.Optimizer):
@@ -288,18 +288,18 @@ class BlockLLM(torch.optim.Optimizer):
             if self.parts is None:
                 self._hold()
                 return
-        kept = self._kept(position, grad)
-        idle = self.settings.inactive != "freeze" and kept is not grad
-        if idle or (kept is not None and self.settings.in_backward):
+        part = self._part_of(position, grad)
+        early = part is not None and self.settings.in_backward
+        kept = None if part is None or early else restrict(grad, part)
+        idle = self.settings.inactive != "freeze" and not (part is not None and part.unit == grad.numel())
+        if idle or early:
             self._once(position)
+        if early:  # no copy of the active entries is made
+            norm_of([self.blocks.names[position]], [grad])
+            self._update(position, grad, 1.0)
         if idle:
-            part = self.parts[position] if self.parts is not None else None
             lr = hyper.lr * self.settings.inactive_scale
             update_inactive(param, grad, part, self.settings.inactive, lr, self._generator(position))
-        if kept is not None and self.settings.in_backward:
-            norm_of([self.blocks.names[position]], [kept])
-            self._update(position, kept, 1.0)
-            kept = None
         if kept is not grad:
             param.grad = kept
 
@@ -317,14 +317,12 @@ class BlockLLM(torch.optim.Optimizer):
         else:
             param.grad = CompactGrad(grad, part, param.shape)  # type: ignore[arg-type]
 
-    def _kept(self, position: int, grad: Tensor) -> Tensor | None:
-        """What stays of a gradient."""
+    def _part_of(self, position: int, grad: Tensor) -> Part | None:
+        """What is active of a parameter; entries that were chosen by number are found now, by their gradient."""
         part = self.parts[position] if self.parts is not None else None
-        if part is None:
-            return None
-        if part.index is None:  # chosen by number: now there is a gradient to say which
+        if part is not None and part.index is None:
             part = self._adopt(position, pick_largest(grad, part.count))
-        return restrict(grad, part)
+        return part
 
     def _once(self, position: int) -> None:
         if position in self._updated:
@@ -340,10 +338,12 @@ class BlockLLM(torch.optim.Optimizer):
         params = self._params()
         held = [k for k, p in enumerate(params) if p.grad is not None]
         sizes = [stored(p.grad).numel() for p in params if p.grad is not None]
-        if sum(sizes) <= HELD * self.budget or self.census.not_finite():
+        size = max(p.element_size() for p in params)
+        later = bytes_per_entry(self.settings.states) + (0 if self.settings.in_backward else size)
+        if sum(sizes) <= min(HELD, max(1.0, later / size)) * self.budget or self.census.not_finite():
             return
         parts, _ = self._chooser.choose(self.census, self.rule_state)
-        for position in held:
+        for position in sorted(held, key=lambda k: parts[k] is not None):  # what is dropped makes room for copies
             narrow(params[position], parts[position])
 
     # -- the step ----------------------------------------------------------------------------------
@@ -417,14 +417,18 @@ class BlockLLM(torch.optim.Optimizer):
         for position, part in enumerate(self.parts or []):
             grad = params[position].grad
             if part is not None and grad is not None:
-                kept = grad if isinstance(grad, CompactGrad) and part.index is not None else self._kept(position, grad)
-                grads.append((position, kept))  # type: ignore[arg-type]
+                if part.index is None or not isinstance(grad, CompactGrad):
+                    grad = restrict(grad, self._part_of(position, grad))  # type: ignore[arg-type]
+                grads.append((position, grad))
         norm = norm_of([self.blocks.names[k] for k, _ in grads], [grad for _, grad in grads])
         limit = self.settings.max_grad_norm
         scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         self.grad_norm = norm if grads else self.grad_norm
-        for position, grad in grads:
+        while grads:
+            position, grad = grads.pop(0)
             self._update(position, grad, scale)
+            if self.settings.in_backward:  # freed as it is used, as in later windows
+                params[position].grad = None
 
     def _update(self, position: int, grad: Tensor, scale: float) -> None:
         param = self.param(position)
@@ -492,6 +496,8 @@ class BlockLLM(torch.optim.Optimizer):
             param = params[position]
             if first:
                 narrow(param, part)
+            elif isinstance(param.grad, CompactGrad):
+                param.grad = None  # used, and of another part; gone before moments are moved
             if part is None:
                 param.grad = None
                 left = shelve(self.state.pop(param, {}), self.settings.moments, self._generator(position))
@@ -503,8 +509,6 @@ class BlockLLM(torch.optim.Optimizer):
                 part = self.parts[position] = part.at(part.index.to(param.device))
                 if param in self.state:  # otherwise its state is made at its first update
                     self._adopt(position, part)
-            if isinstance(param.grad, CompactGrad) and not first:
-                param.grad = None  # used, and of another part
 
     def _adopt(self, position: int, part: Part) -> Part:
         """Make ``part`` the active one, with the moments that it inherits; its order may change."""

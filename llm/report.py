@@ -88,7 +88,7 @@ def plot(optimizer: BlockLLM, path: Any = None) -> Any:
     sizes = torch.tensor([max(1, size) for size in optimizer.blocks.sizes])
     shares = torch.tensor([switch["entries"] for switch in optimizer.history]).view(-1, len(sizes)) / sizes
     edges = [switch["step"] for switch in optimizer.history] + [max(optimizer.steps, 1)]
-    figure = Figure(figsize=(8, max(3.0, 0.12 * len(sizes))), layout="constrained")
+    figure = Figure(figsize=(8, min(max(3.0, 0.12 * len(sizes)), 9.6)), layout="constrained")
     axes = figure.subplots()
     for k, share in enumerate(shares):
         width = max(edges[k + 1] - edges[k], 0)
