@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Fine-tuning SmolLM2-135M on GSM8K and LIMA: BlockLLM beside AdamW, LoRA, BAdam, GaLore and others.
+
+Every method gets three learning rates on one seed, and one more where the best of them lies at the end of its grid;
+then three seeds at its best rate. All see the same batches in the same order (4 sequences of at most 128 tokens a
+step, loss on the answer) and are judged on the same 32 held-out sequences at five steps. Rates are constant after five
+steps of warm-up, so that every point of a curve is as good as the end of a shorter run: results are compared at equal
+steps, at equal CPU seconds, and within equal peak memory. No weight decay, no clipping, float32.
+
+Units, raw results and environment: :mod:`experiments.llm_common`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from experiments import llm_report, llm_tasks
+from experiments.llm_common import Matrix, Unit, collect
+from experiments.llm_methods import Method
+from experiments.llm_report import LOSS, criterion, draw, summary
+from experiments.llm_training import carry_out
+from experiments.tables import markdown
+
+TITLE = "Fine-tuning SmolLM2-135M on GSM8K and LIMA against AdamW, LoRA, BAdam, GaLore"
+SEEDS = (0, 1, 2)
+SEED = SEEDS[0]
+DATA = ("gsm8k", "lima")
+STEPS, QUICK_STEPS = 75, 3
+EXPECTED = 420.0  # seconds of a run where nothing is known yet
+OURS_GRID = (2e-4, 5e-4, 1e-3)
+FULL_GRID = (3e-5, 1e-4, 3e-4)
+BARS = {"adamw": 0.02, "peer": 0.0, "speed": 1.3}
+
+METHODS = {
+    "AdamW": Method("adamw", FULL_GRID),
+    "LoRA r8": Method("lora", (1e-3, 2e-3, 4e-3), {"r": 8, "alpha": 16}),
+    "BlockLLM rows": Method("blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05}),
+    "BlockLLM tensors": Method("blockllm", OURS_GRID, {"granularity": "tensor", "budget": 0.05}),
+    "BlockLLM entries": Method("blockllm", OURS_GRID, {"granularity": "entries", "budget": 0.05}),
+    "BAdam": Method("badam", (3e-4, 1e-3, 3e-3), {"switch_every": 5}),
+    "GaLore r64": Method("galore", (1e-4, 3e-4, 1e-3), {"rank": 64, "scale": 1.0, "update_proj_gap": 200}),
+}
+EXTRAS = {
+    "BlockLLM rows, frozen table": Method(
+        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "embeddings": "never"}
+    ),
+    "BlockLLM rows 1%": Method("blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.01}),
+    "BlockLLM rows, 8-bit, in backward": Method(
+        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "states": "8bit", "in_backward": True}
+    ),
+    "BAdam, 25 steps a layer": Method("badam", (3e-4, 1e-3, 3e-3), {"switch_every": 25}),
+    "APOLLO r64": Method("apollo", (1e-4, 3e-4, 1e-3), {"rank": 64, "scale": 1.0, "update_proj_gap": 200}),
+    "LISA": Method(
+        "blockllm",
+        FULL_GRID,
+        {
+            "rule": "random",
+            "granularity": "layer",
+            "budget": 0.27,  # the token table, which is the head too, and two layers
+            "embeddings": "always",
+            "always": ("model.norm",),
+            "mask": False,
+            "switch_every": 5,
+        },
+    ),
+    "HFT": Method("blockllm", FULL_GRID, {"rule": "half", "granularity": "tensor", "budget": 0.5, "switch_every": 25}),
+    "MISA": Method(
+        "blockllm",
+        OURS_GRID,
+        {"rule": "importance", "granularity": "tensor", "budget": 0.05, "switch_every": 25},
+    ),
+}
+ALL = METHODS | EXTRAS
+
+Results = dict[str, Any]
+
+
+def settings(unit: Unit) -> Results:
+    """All that a unit's result depends on besides itself."""
+    return {"task": llm_tasks.SETTINGS[unit.data]} | ({"method": ALL[unit.method].settings()} if unit.method else {})
+
+
+def matrix() -> Matrix:
+    """The methods that are installed, on both data sets."""
+    return Matrix(
+        name="llm_finetune",
+        data=DATA,
+        methods=tuple(name for name, method in METHODS.items() if method.installed),
+        extras=tuple(name for name, method in EXTRAS.items() if method.installed),
+        grid=lambda data, method: ALL[method].grid,
+        seeds=dict.fromkeys(DATA, SEEDS),
+        steps=dict.fromkeys(DATA, STEPS),
+        settings=settings,
+        criterion=dict.fromkeys(DATA, criterion(LOSS)),
+        memory=True,
+        expected=dict.fromkeys(DATA, EXPECTED),
+    )
+
+
+def quick_matrix() -> Matrix:
+    """Two methods at one rate for a few steps."""
+    return replace(
+        matrix(),
+        data=DATA[:1],
+        methods=("AdamW", "BlockLLM rows"),
+        extras=(),
+        grid=lambda data, method: ALL[method].grid[1:2],
+        seeds={DATA[0]: SEEDS[:1]},
+        steps={DATA[0]: QUICK_STEPS},
+        memory=False,
+    )
+
+
+def work(unit: Unit) -> Results:
+    """Run a unit, in a process of its own."""
+    return carry_out(unit, ALL)
+
+
+def run(quick: bool) -> Results:
+    """Run what is missing and there is time for, then look at everything there is."""
+    llm_tasks.check(DATA)
+    which = quick_matrix() if quick else matrix()
+    results = summary(which, collect(which, quick), ALL, dict.fromkeys(DATA, LOSS))
+    pictures = {name: draw(data, f"SmolLM2-135M on {name}") for name, data in results["data"].items()}
+    return results | {"settings": described(), "bars": bars(results), "pictures": pictures}
+
+
+def described() -> Results:
+    """Grids and options."""
+    methods = {name: {"grid": method.grid} | method.settings() for name, method in ALL.items()}
+    return {"methods": methods, "steps": STEPS, "seeds": SEEDS, "task": llm_tasks.SETTINGS[DATA[0]], "bars": BARS}
+
+
+# -- bars ---------------------------------------------------------------------------------------
+
+
+def bars(results: Results) -> Results:
+    """What the bars are about, for every variant of ours on every data set; nan where runs are missing."""
+    return {
+        data: {name: _bars(found, name) for name in found["pairs"] if name in METHODS}
+        for data, found in results["data"].items()
+    }
+
+
+def _bars(found: Results, name: str) -> Results:
+    pairs, methods = found["pairs"][name], found["methods"]
+
+    def gap(peer: str, when: str = "steps") -> float:
+        there = pairs.get(peer, {}).get(when)
+        return there["mean"] if there else float("nan")
+
+    def memory(peer: str) -> float:
+        there = methods.get(peer)
+        return (methods[name]["memory"]["peak"] - there["memory"]["peak"]) / 1e6 if there else float("nan")
+
+    return {
+        "less_lora": gap("LoRA r8"),
+        "less_badam": gap("BAdam"),
+        "less_adamw": gap("AdamW"),
+        "less_badam_cpu": gap("BAdam", "cpu"),
+        "speed": methods[name]["speed"],
+        "memory_less_lora": memory("LoRA r8"),
+        "memory_less_badam": memory("BAdam"),
+    }
+
+
+def bars_table(found: Results) -> str:
+    """A row for every bar, a column for every variant."""
+    lines = [
+        ("less_lora", "loss, less LoRA r8's", "<= 0", 4),
+        ("less_badam", "loss, less BAdam's", "<= 0", 4),
+        ("less_adamw", "loss, less AdamW's", f"<= {BARS['adamw']}", 4),
+        ("less_badam_cpu", "the same at equal CPU seconds, less BAdam's", "< 0", 4),
+        ("speed", "tokens a CPU second over AdamW's", f">= {BARS['speed']}", 2),
+        ("memory_less_lora", "peak MB, less LoRA r8's", "<= 0", 0),
+        ("memory_less_badam", "peak MB, less BAdam's", "<= 0", 0),
+    ]
+    names = [(data, name) for data, variants in found.items() for name in variants]
+    rows = [
+        [label, bar, *(llm_report.number(found[data][name][key], digits) for data, name in names)]
+        for key, label, bar, digits in lines
+    ]
+    return markdown(["", "bar", *(f"{name}, {data}" for data, name in names)], rows)
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Markdown by name: for each data set its name, _steps, _cpu, _memory, _grid; bars, notes, missing, runs."""
+    return llm_report.tables_of(results) | {"bars": bars_table(results["bars"])}

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One run: the training loop that all methods share, and the pass that measures memory.
+
+The seed decides the batches and their order, so that the methods see the same ones. CPU seconds are those of the
+process in the steps alone (batches are made before, evaluations are not counted). Memory is counted in a pass of its
+own, since counting slows a run down: the bytes of every live tensor after each operation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from experiments.llm_batches import Batch, Task
+from experiments.llm_common import MEMORY, START, Unit
+from experiments.llm_methods import SHORT, Method
+from experiments.llm_tasks import make
+from llm import BlockLLM
+
+EVALUATIONS = 5  # of a run, at equal distances
+FEW = 25  # steps; shorter runs are evaluated at the end only
+MEMORY_STEPS = 2 * SHORT + 1  # the first choice, two censuses, and a step after each
+HEAVY_STEPS = SHORT  # at the worst place, a census among them
+
+Results = dict[str, Any]
+
+
+# -- training -----------------------------------------------------------------------------------
+
+
+def evaluated(steps: int) -> list[int]:
+    """After which steps the held-out examples are looked at."""
+    if steps < FEW:
+        return [steps]
+    return sorted({math.ceil(steps * k / EVALUATIONS) for k in range(1, EVALUATIONS + 1)})
+
+
+def train(task: Task, method: Method, lr: float, seed: int) -> Results:
+    """Train and evaluate.
+
+    Returns
+    -------
+    dict
+        ``points``: for every evaluation ``step``, ``cpu`` seconds and ``tokens`` so far, the mean loss of training
+        since the one before (``train``), and :func:`score`; ``cpu_steps``; ``diverged``: whether a loss was not
+        finite, which ends the run; the truth of the task; ``selection`` (BlockLLM).
+    """
+    model, optimizer = method.build(task.model, lr, seed, task.head)
+    torch.manual_seed(seed)
+    stops = evaluated(len(task.batches))
+    cpu: list[float] = []
+    losses: list[float] = []
+    points: list[Results] = []
+    for step, batch in enumerate(task.batches, 1):
+        began = time.process_time()
+        losses.append(update(model, optimizer, batch, lr * task.rate(step)))
+        cpu.append(time.process_time() - began)
+        if not math.isfinite(losses[-1]):
+            break
+        if step in stops:
+            tokens = sum(b.tokens for b in task.batches[:step])
+            since = losses[points[-1]["step"] if points else 0 :]
+            point = {"step": step, "cpu": round(sum(cpu), 2), "tokens": tokens, "train": _mean(since)}
+            points.append(point | score(task, model))
+            print(f"  step {step}: {points[-1]['value']:.4f}, {points[-1]['cpu']:.0f} CPU s", flush=True)
+    diverged = not math.isfinite(losses[-1])
+    result = {"points": points, "cpu_steps": [round(s, 3) for s in cpu], "diverged": diverged}
+    return result | task.truth | _selection(optimizer)
+
+
+def _mean(values: list[float]) -> float:
+    return round(sum(values) / len(values), 5)
+
+
+def _selection(optimizer: torch.optim.Optimizer) -> Results:
+    """What BlockLLM had active at the end, and when it chose."""
+    if not isinstance(optimizer, BlockLLM):
+        return {}
+    report = optimizer.report()
+    kept = {name: report[name] for name in ("budget", "active entries", "share")}
+    return {"selection": kept | {"switches": [switch["step"] for switch in report["history"]]}}
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float) -> float:
+    """One step at a learning rate. Returns its loss; nan if a gradient was refused because it was not finite."""
+    model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    loss = model(**batch.inputs).loss
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        return value
+    loss.backward()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        if "finite" not in str(error):
+            raise
+        return math.nan
+    return value
+
+
+@torch.no_grad()
+def score(task: Task, model: nn.Module) -> Results:
+    """What the held-out examples say.
+
+    Returns
+    -------
+    dict
+        ``value``: the loss, over all label tokens; ``losses``: of every example, summed over its tokens, or for
+        classifiers ``predicted``: a digit an example.
+    """
+    model.eval()
+    parts = [task.score(model, batch) for batch in task.held_out]
+    losses = [loss for part in parts for loss in part["losses"]]
+    value = round(sum(losses) / sum(task.truth.get("weights", [1] * len(losses))), 5)
+    if "predicted" in parts[0]:
+        return {"value": value, "predicted": "".join(str(k) for part in parts for k in part["predicted"])}
+    return {"value": value, "losses": [round(loss, 3) for loss in losses]}
+
+
+def start(task: Task) -> Results:
+    """The model before training."""
+    return {"points": [{"step": 0, "cpu": 0.0, "tokens": 0} | score(task, task.model)]} | task.truth
+
+
+# -- memory -------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that came out of an operation in this block and are alive: now, and at most.
+
+    Temporary memory inside an operation (of a singular value decomposition, say) is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def watch(self, value: Any) -> None:
+        """Count the storages of all tensors in ``value`` until they are freed."""
+        for tensor in tree_iter(value):
+            if is_plain(tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known:
+                    weakref.finalize(storage, self._freed, key)
+                self.now += size - self._known.get(key, 0)
+                self._known[key] = size
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and look at what came out."""
+        out = func(*args, **(kwargs or {}))
+        self.watch(out)
+        self.peak = max(self.peak, self.now)
+        return out
+
+
+def measure(task: Task, method: Method, lr: float, seed: int) -> Results:
+    """Memory of a few steps on the largest batch: the first one, switches, and for BlockLLM the worst place.
+
+    Returns
+    -------
+    dict
+        Bytes: ``peak`` of everything alive, ``natural`` (the same while the method chose by itself), ``state`` of the
+        optimizer at most, ``weights`` of the model as it came.
+    """
+    weights = sum(storages([*task.model.parameters(), *task.model.buffers()]).values())
+    model, optimizer = method.with_short_periods().build(task.model, lr, seed, task.head)
+    batch = max(task.batches, key=lambda b: b.inputs["input_ids"].numel())
+    live = LiveBytes()
+    live.watch([*model.parameters(), *model.buffers(), *tensors_of(optimizer)])
+    state = max(_step(live, model, optimizer, batch, lr) for _ in range(MEMORY_STEPS))
+    natural = live.peak
+    if method.ours and isinstance(optimizer, BlockLLM):
+        optimizer.activate(lowest(optimizer))
+        state = max(state, *(_step(live, model, optimizer, batch, lr) for _ in range(HEAVY_STEPS)))
+    return {"peak": live.peak, "natural": natural, "state": state, "weights": weights}
+
+
+def _step(live: LiveBytes, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float) -> int:
+    """One counted step. Returns the bytes of the optimizer's state after it."""
+    with live:
+        loss = update(model, optimizer, batch, lr)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss must be finite while memory is measured; lower the rate {lr:g}")
+    return state_bytes(optimizer, model)
+
+
+def lowest(optimizer: BlockLLM) -> dict[str, int]:
+    """Slices of the layers that fill the budget from the bottom up: then a backward pass crosses the whole model.
+
+    What is always active comes first.
+    """
+    blocks, always = optimizer.blocks, set(optimizer.settings.always)
+    head = [k for k, name in enumerate(blocks.names) if any(name.startswith(f"{module}.") for module in always)]
+    inside = [k for k, name in enumerate(blocks.names) if ".layer" in name]
+    left, chosen = optimizer.budget, {}
+    for position in [*head, *inside]:
+        unit = 1 if blocks.granularity == "entries" else blocks.units[position]
+        taken = min(blocks.sizes[position], left) // unit
+        left -= taken * unit
+        if taken:
+            chosen[blocks.names[position]] = taken
+    return chosen
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a dense tensor with a storage of its own, not a wrapper."""
+    return isinstance(tensor, Tensor) and type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """All tensors that an optimizer holds, also in projectors and in the optimizer inside it; no modules."""
+    seen: set[int] = set()
+    waiting: list[Any] = [vars(optimizer)]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting += value
+        elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value):
+            waiting.append(vars(value))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
+    """Bytes of what an optimizer holds beside weights and gradients: moments, indices, projections, copies."""
+    params = list(model.parameters())
+    outside = storages([*params, *(p.grad for p in params)])
+    return sum(size for key, size in storages(tensors_of(optimizer)).items() if key not in outside)
+
+
+def storages(tensors: Iterable[Any]) -> dict[int, int]:
+    """Bytes of the storages of these tensors, each once."""
+    found = (tensor.untyped_storage() for tensor in tensors if is_plain(tensor))
+    return {storage._cdata: storage.nbytes() for storage in found}
+
+
+# -- units --------------------------------------------------------------------------------------
+
+
+def carry_out(unit: Unit, methods: Mapping[str, Method]) -> Results:
+    """The result of a unit."""
+    task = make(unit.data, unit.seed, max(1, unit.steps))
+    if unit.kind == START:
+        return start(task)
+    method = methods[unit.method]
+    if unit.kind == MEMORY:
+        return measure(task, method, method.grid[0], unit.seed)
+    return train(task, method, unit.lr, unit.seed)
