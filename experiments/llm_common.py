@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -299,8 +300,23 @@ def _expected(matrix: Matrix, unit: Unit) -> float:
 def collect(matrix: Matrix, quick: bool) -> Runs:
     """The raw results after running what is missing and there is time for; quick: all of it, in a file of its own."""
     runs = scratch_runs(matrix.name) if quick else Runs(raw_file(matrix.name))
-    run_missing(matrix, runs, *((None, ()) if quick else from_environment()))
+    with sigterm_as_exit():
+        run_missing(matrix, runs, *((None, ()) if quick else from_environment()))
     return runs
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Make SIGTERM an exception, so that the process of a unit does not outlive this one."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def from_environment() -> tuple[float | None, tuple[str, ...]]:

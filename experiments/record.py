@@ -84,7 +84,7 @@ def git_commit() -> str | None:
     try:
         commit, changed = (
             subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", "../bcd", "."])
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", "../bcd", "../llm", "."])
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -208,6 +212,23 @@ def test_a_unit_that_fails_says_why():
     assert "no_such_experiment" in found["error"]
     assert found["made"]["seconds"] >= 0
     assert "result" not in found
+
+
+def test_sigterm_ends_the_process_of_a_unit(monkeypatch):
+    """Nothing is left running when a benchmark is ended from outside."""
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    real, started = subprocess.Popen, []
+
+    def popen(*args, **options):
+        started.append(real(command, **options))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return started[0]
+
+    monkeypatch.setattr(llm_common.subprocess, "Popen", popen)
+    with pytest.raises(SystemExit), llm_common.sigterm_as_exit():
+        llm_common.in_a_process("toy", Unit(START, "a"))
+    assert started[0].wait(10) < 0
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_minutes_from_the_environment(monkeypatch):
