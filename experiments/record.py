@@ -81,10 +81,11 @@ def load_average() -> float | None:
 
 def git_commit() -> str | None:
     """The commit of the working tree, with "+" where files differ from it; None outside git."""
+    folders = ("../bcd", "../llm", ".")
     try:
         commit, changed = (
             subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", "../bcd", "../llm", "."])
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", *folders])
         )
     except (OSError, subprocess.CalledProcessError):
         return None
