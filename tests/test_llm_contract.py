@@ -51,9 +51,10 @@ def test_a_census_changes_neither_the_update_nor_the_clip_norm(granularity, toge
             norms.append(optimizer.grad_norm)
         runs.append((copies(model), norms, len(optimizer.history)))
     assert [run[2] for run in runs] == [2, 1]
-    assert runs[0][1] == runs[1][1]
+    exact = {"atol": 1e-7, "rtol": 1e-5} if granularity == "rows" else {"atol": 0.0, "rtol": 0.0}
+    torch.testing.assert_close(runs[0][1], runs[1][1], **exact)  # a census computes whole gradients, not rows alone
     assert max(runs[0][1]) > 0.05
-    assert all(torch.equal(p, q) for p, q in zip(runs[0][0], runs[1][0], strict=True))
+    torch.testing.assert_close(runs[0][0], runs[1][0], **exact)
 
 
 class Products(TorchDispatchMode):

@@ -77,6 +77,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "FOLDER", tmp_path / "experiments")
     monkeypatch.setattr(experiments, "RESULTS", results)
     monkeypatch.setattr(record, "RESULTS", results)
+    monkeypatch.setattr(record, "git_commit", lambda: "0123456789ab+")
     module = SimpleNamespace(
         __doc__="What toy does: a < b.\n\nHow, with :mod:`x.y`.\n",
         TITLE="A toy & its <numbers>",
@@ -183,7 +184,7 @@ def test_what_is_missing_is_said(toy):
         "A other & its <numbers> has no results yet: python -m experiments run other",
         "the picture toy.png is not there",
         "old.json belongs to no experiment",
-        "files that differed from the commit named (marked +): toy",  # a temporary folder is under no commit
+        "files that differed from the commit named (marked +): toy",
         "Not verified: No GPU.",
     ):
         assert said in page.text
