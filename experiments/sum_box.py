@@ -361,5 +361,5 @@ def _steps_table(problems: dict[str, Any]) -> str:
                 q = entry["steps"][kind][rule]["quantiles"]
                 cells += [f"{q[20]:.3f}", f"{q[2]:.3f}", f"{q[0]:.2g}"]
             true = entry["steps"]["f"][rule]
-            rows.append([name, rule, *cells, f"{true['above']:.0%}", f"{true['trivial']:.1%}"])
+            rows.append([name, rule, *cells, f"{true['above']:.1%}", f"{true['trivial']:.1%}"])
     return markdown(head, rows)
