@@ -2,8 +2,8 @@
 """Peak memory of training: BlockLLM and its peers, simulated for Llama-2-7B and measured on two small models.
 
 * Simulated (:mod:`llm.plan`): bfloat16 weights, one sequence of 512 tokens, gradient checkpointing. The largest step
-  of a run counts: the first one, censuses and switches included, with what is active led through the worst places,
-  and once with each of them first.
+  of a run counts: the first one, censuses and switches included, with what is active led through the worst places;
+  and first steps at each of these places besides.
 * Measured: whole runs on the CPU, float32, with the same count of bytes on real tensors, and the resident memory of
   the process besides; next to the simulation of the same run.
 
@@ -63,15 +63,14 @@ SHAPE = (2, 256)  # of the measured runs
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """All sections (quick: the small model in place of the large one, one place first, two measured runs)."""
-    large = "Llama 60M" if quick else "Llama-2-7B"
-    first = PLACES[:1] if quick else PLACES
+    """All sections (quick: a small model in place of the large one, two places, two measured runs)."""
+    large, places = ("Llama 60M", PLACES[:2]) if quick else ("Llama-2-7B", PLACES)
     results: dict[str, Any] = {
         "settings": {"model": large, "shape": Run._field_defaults["shape"], "measured_shape": SHAPE},
-        "ours": {name: worst(large, options, first) for name, options in OURS.items()},
+        "ours": {name: worst(large, options, places) for name, options in OURS.items()},
         "peers": {name: simulated(Run(large, name)) for name in PEERS},
         "variants": {
-            name: worst(large, {"budget": 0.05, "states": "bf16", **options}, PLACES[:1])
+            name: simulated(Run(large, {"budget": 0.05, "states": "bf16", **options}, places=places))
             for name, options in VARIANTS.items()
         },
         "measured": {
@@ -82,12 +81,12 @@ def run(quick: bool) -> dict[str, Any]:
     return results | {"pictures": {"": draw(results)}}
 
 
-def worst(model: str, options: Mapping[str, Any], first: tuple[str, ...]) -> dict[str, Any]:
-    """The largest moment over runs that begin at different places, with that of each beside it."""
-    turns = {place: PLACES[k:] + PLACES[:k] for k, place in enumerate(PLACES) if place in first}
-    runs = {place: simulated(Run(model, options, places=places)) for place, places in turns.items()}
-    peak = max(runs.values(), key=lambda moment: moment["bytes"])
-    return peak | {"by_first_place": {place: moment["bytes"] for place, moment in runs.items()}}
+def worst(model: str, options: Mapping[str, Any], places: tuple[str, ...]) -> dict[str, Any]:
+    """The largest moment of a run by these places, and of first steps at each, which are beside it in bytes."""
+    long = simulated(Run(model, options, places=places))
+    firsts = {place: simulated(Run(model, options, places=(place,), steps=1)) for place in dict.fromkeys(places)}
+    peak = max((long, *firsts.values()), key=lambda moment: moment["bytes"])
+    return peak | {"run": long["bytes"], "first_steps": {place: moment["bytes"] for place, moment in firsts.items()}}
 
 
 def both(model: str, method: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -145,14 +144,14 @@ def _moment(moment: dict[str, Any]) -> str:
 
 
 def _bars(ours: dict[str, Any]) -> str:
-    return markdown(
-        ["configuration", "peak, GB", "bar, GB", *(f"first at {place}" for place in PLACES)],
-        [
-            [name, _gb(ours[name]["bytes"]), f"<= {bar:.1f}"]
-            + [_gb(ours[name]["by_first_place"][p]) if p in ours[name]["by_first_place"] else "-" for p in PLACES]
-            for name, bar in BARS.items()
-        ],
-    )
+    places = list(next(iter(ours.values()))["first_steps"])
+    rows = [
+        [name, _gb(moment["bytes"]), f"<= {BARS[name]:.1f}" if name in BARS else "", _gb(moment["run"])]
+        + [_gb(moment["first_steps"][place]) for place in places]
+        for name, moment in ours.items()
+    ]
+    heads = (f"first step, {place}" for place in places)
+    return markdown(["configuration", "peak, GB", "bar, GB", "run through all places", *heads], rows)
 
 
 def _moments(moments: dict[str, Any]) -> str:

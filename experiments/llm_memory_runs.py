@@ -7,6 +7,8 @@ A simulated run works on fake tensors (:mod:`llm.ledger`). A real one has a proc
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -154,12 +156,10 @@ def lora(rank: int) -> Method:
         import peft
 
         options = {"r": rank, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        weight = next(model.parameters())
-        mode, before = getattr(weight, "fake_mode", torch.enable_grad()), torch.get_default_dtype()
-        torch.set_default_dtype(weight.dtype)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(next(model.parameters()).dtype)
         try:
-            with mode:
-                return peft.get_peft_model(model, peft.LoraConfig(**options), autocast_adapter_dtype=False)
+            return peft.get_peft_model(model, peft.LoraConfig(**options), autocast_adapter_dtype=False)
         finally:
             torch.set_default_dtype(before)
 
@@ -211,6 +211,8 @@ class Run(NamedTuple):
     checkpointing : bool
     places : tuple of str or None
         Where BlockLLM is active, one after the other; None: where it chooses by itself (real runs only).
+    steps : int or None
+        Of BlockLLM; None: two for every place.
     """
 
     model: str
@@ -219,6 +221,7 @@ class Run(NamedTuple):
     dtype: str = "bfloat16"
     checkpointing: bool = True
     places: tuple[str, ...] | None = PLACES
+    steps: int | None = None
 
 
 def build(run: Run) -> Any:
@@ -237,12 +240,14 @@ def build(run: Run) -> Any:
 def peaks_of(run: Run, simulated: bool) -> list[Peak]:
     """The peaks of the phases of a run, whose model is fake if it is simulated."""
     method = PEERS[run.method]() if isinstance(run.method, str) else None
-    model: Any = fake_model(lambda: build(run)) if simulated else build(run)
+    with torch.device("meta" if simulated else "cpu"):
+        model: Any = build(run)
+        model = method.prepare(model) if method else model
+    model = fake_model(model) if simulated else model
     if run.checkpointing:
         from llm.hf import checkpointing
 
         checkpointing(model)
-    model = method.prepare(model) if method else model
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, MODELS[run.model]["vocab_size"], run.shape, generator=generator)
 
@@ -250,7 +255,7 @@ def peaks_of(run: Run, simulated: bool) -> list[Peak]:
         return model(input_ids=ids, labels=ids).loss
 
     if method is None and run.places is not None:
-        return simulate(model, run.method, loss, run.places)  # type: ignore[arg-type]
+        return simulate(model, run.method, loss, run.places, run.steps)  # type: ignore[arg-type]
     if method is None:
         options = {**run.method, "switch_every": 2}  # type: ignore[dict-item]
         return watch(model, lambda model: BlockLLM(model, LR, **options), loss, 2 * len(PLACES))
@@ -272,8 +277,8 @@ def largest(peaks: list[Peak]) -> dict[str, Any]:
 def simulated(run: Run) -> dict[str, Any]:
     """The largest moment of a simulated run; says so if the method is not installed."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the peers
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # what peers say
+            warnings.simplefilter("ignore")
             return largest(peaks_of(run, True))
     except ImportError as error:
         return {"missing": str(error)}

@@ -288,7 +288,11 @@ def loss_of_model(model: nn.Module, batch: Any) -> Tensor:
 
 
 def simulate(
-    model: nn.Module, options: Mapping[str, Any], loss: Callable[[], Tensor], places: Sequence[str] = PLACES
+    model: nn.Module,
+    options: Mapping[str, Any],
+    loss: Callable[[], Tensor],
+    places: Sequence[str] = PLACES,
+    steps: int | None = None,
 ) -> list[Peak]:
     """Peaks of a run of BlockLLM in which what is active comes by these places.
 
@@ -303,11 +307,13 @@ def simulate(
         Runs the model.
     places : sequence of str
         Of :data:`PLACES`.
+    steps : int, optional
+        Two for every place if None.
 
     Returns
     -------
     list of Peak
-        One for each phase of each of ``2 len(places)`` steps, in order; the second, fourth ... step is a census.
+        One for each phase of each step, in order; the first, second, fourth, sixth ... step is a census.
     """
     schedule = {"patience": None} | ({} if options.get("rule") == "full" else {"switch_every": 2})
     moments = {"moments": "reset"} if options.get("moments") == "offload" else {}
@@ -317,7 +323,7 @@ def simulate(
         prescribe(optimizer, places)
         return optimizer
 
-    return watch(model, _make, loss, 2 * len(places))
+    return watch(model, _make, loss, steps or 2 * len(places))
 
 
 def prescribe(optimizer: BlockLLM, places: Sequence[str]) -> None:

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llm.blocks import Blocks
 from llm.compact import CompactGrad
 
 if TYPE_CHECKING:
     from llm.optimizer import BlockLLM
 
 __all__ = ["memory", "plot", "report"]
+
+DRAWN = 80  # parameters that a picture can name
 
 
 def report(optimizer: BlockLLM) -> dict[str, Any]:
@@ -71,7 +74,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def plot(optimizer: BlockLLM, path: Any = None) -> Any:
-    """Active share of every parameter between switches, parameters from the input upwards.
+    """Active share of every parameter (of every layer, where parameters are many) between switches.
+
+    The input is below.
 
     Parameters
     ----------
@@ -83,26 +88,37 @@ def plot(optimizer: BlockLLM, path: Any = None) -> Any:
     -------
     matplotlib.figure.Figure
     """
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    sizes = torch.tensor([max(1, size) for size in optimizer.blocks.sizes])
-    shares = torch.tensor([switch["entries"] for switch in optimizer.history]).view(-1, len(sizes)) / sizes
+    names, shares = _shares(optimizer)
     edges = [switch["step"] for switch in optimizer.history] + [max(optimizer.steps, 1)]
-    figure = Figure(figsize=(8, min(max(3.0, 0.12 * len(sizes)), 9.6)), layout="constrained")
+    figure = Figure(figsize=(8, max(3.0, 0.12 * len(names))), layout="constrained")
     axes = figure.subplots()
+    colours: dict[str, Any] = {"cmap": "Blues", "norm": PowerNorm(0.5, 0, 1)}  # small shares are told apart
     for k, share in enumerate(shares):
         width = max(edges[k + 1] - edges[k], 0)
-        extent = (edges[k], edges[k] + width, -0.5, len(sizes) - 0.5)
+        extent = (edges[k], edges[k] + width, -0.5, len(names) - 0.5)
         if width:
-            image = axes.imshow(
-                share[:, None].numpy(), extent=extent, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1
-            )
+            image = axes.imshow(share[:, None].numpy(), extent=extent, aspect="auto", origin="lower", **colours)
     if len(shares) and edges[-1] > edges[0]:
         axes.set_xlim(edges[0], edges[-1])
         figure.colorbar(image, label="active share")
-    if len(sizes) <= 80:
-        axes.set_yticks(range(len(sizes)), optimizer.blocks.names, fontsize=5)
-    axes.set(xlabel="step", ylabel="parameter", ylim=(-0.5, len(sizes) - 0.5))
+    axes.set_yticks(range(len(names)), names, fontsize=5)
+    axes.set(xlabel="step", ylim=(-0.5, len(names) - 0.5))
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def _shares(optimizer: BlockLLM) -> tuple[list[str], Tensor]:
+    """What is drawn: names, and active shares of shape (switches, names)."""
+    blocks = optimizer.blocks
+    entries = torch.tensor([switch["entries"] for switch in optimizer.history], dtype=torch.float64)
+    entries = entries.view(len(optimizer.history), len(blocks.names))
+    if len(blocks.names) <= DRAWN:
+        return list(blocks.names), entries / torch.tensor(blocks.sizes).clamp(min=1)
+    layers = Blocks.of(blocks.names, blocks.shapes, "layer")
+    together = entries.new_zeros(len(entries), len(layers.cost))
+    together.index_add_(1, torch.tensor(layers.first), entries)
+    return [layers.name(k) for k in range(len(layers.cost))], together / layers.cost.clamp(min=1)

@@ -146,6 +146,19 @@ def test_what_is_active_is_logged_and_counted(folder, tmp_path, method):
     assert counted["gradients"] <= 4 * total
 
 
+def test_the_picture_of_many_parameters_is_of_layers(drawn):
+    """Their shares are those of all their parameters together."""
+    model = tiny_lm.model(num_hidden_layers=12)
+    optimizer = methods.make("badam", model, lr=1e-2)[1]
+    optimizer.steps = 7
+    axes = optimizer.plot().axes[0]
+    layers = [f"model.layers.{k}" for k in range(12)]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["model.embed_tokens.weight", *layers, "model.norm.weight", "lm_head.weight"]
+    shares = dict(zip(names, axes.images[0].get_array()[:, 0], strict=True))
+    assert {name: share for name, share in shares.items() if share} == {"model.layers.0": 1}
+
+
 def test_the_result_holds_what_was_trained_and_nothing_else(folder, tmp_path):
     run(asked(folder, budget=0.05, options={"switch_every": 100}), tmp_path / "run")
     before, after = hf.load_model(folder[0])[0].state_dict(), weights(tmp_path / "run")

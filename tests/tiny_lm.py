@@ -32,7 +32,8 @@ def model(seed=0, **options):
     sizes = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": LENGTH}
     special = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **special, **options))
+    config = transformers.LlamaConfig(**{**sizes, **heads, **special, **options})
+    return transformers.LlamaForCausalLM(config)
 
 
 def classifier(seed=0):
