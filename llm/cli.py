@@ -310,7 +310,7 @@ def delta_info(
         from llm import delta
 
         for found in delta.list_deltas(path) if path.is_dir() else [delta.delta_info(path)]:
-            _tell_delta(found, as_json)
+            print(json.dumps(found.as_dict()) if as_json else found)
 
 
 @delta_app.command("merge", no_args_is_help=True)
@@ -334,13 +334,14 @@ def _tensors_of(name: str) -> Any:
     path = Path(name)
     if path.exists() and path.suffix.lower() != ".gguf":
         return path
-    from llm import hf
+    from llm.finetune import load
 
-    return hf.load_model(name)[0]
+    return load(name, device="cpu")[0]
 
 
 def _tell_delta(delta: Any, as_json: bool) -> None:
-    print(json.dumps(delta.as_dict()) if as_json else delta)
+    """Without its tensors, which ``info`` lists."""
+    print(json.dumps(delta.as_dict()) if as_json else str(delta).partition("\n  ")[0])
 
 
 # -- what the commands share -------------------------------------------------------------------------

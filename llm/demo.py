@@ -38,7 +38,7 @@ FEWEST = 8  # steps, however slow the machine
 
 
 def run_demo(out: Path, console: Console, interrupts: Interrupts, seconds: float, model: str = "smollm2") -> int:
-    """Train for so many seconds, print what came of it, write ``out/llm.html``; returns 0 if the loss fell."""
+    """Train for so many seconds, print what came of it, write ``out/llm.html``; returns 0 if the loss fell, else 3."""
     folder = RunFolder(out / "llm")
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.log_file.unlink(missing_ok=True)
@@ -66,7 +66,10 @@ def run_demo(out: Path, console: Console, interrupts: Interrupts, seconds: float
     with progress(training, console) as show:
         log_evaluation(training, folder, show)
         ended = train(training, folder, interrupts, time_limit=1.5 * seconds, show=show)
-    return 3 if ended == "interrupted" else _report(training, folder, out / "llm.html", console)
+    if ended == "interrupted":
+        console.print(f"Interrupted after step {training.step} of {steps}; the log so far: {folder.log_file}")
+        return 3
+    return _report(training, folder, out / "llm.html", console)
 
 
 def _write_topics(folder: Path) -> list[Path]:

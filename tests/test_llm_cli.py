@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -241,7 +242,7 @@ def test_a_delta_from_base_to_result_and_back(folder, tmp_path):
     done = call("delta", "save", base, tuned, delta)
     assert done.exit_code == 0, done.output
     info = call("delta", "info", delta)
-    assert info.stdout == done.stdout
+    assert info.stdout.startswith(done.stdout.rstrip("\n") + "\n  ")
     assert json.loads(call("delta", "info", delta, "--json").stdout)
     assert call("delta", "info", tmp_path).stdout == info.stdout
     applied = tmp_path / "applied"
@@ -296,9 +297,21 @@ def test_demo_shows_losses_memory_and_what_was_active(folder, tmp_path):
     assert again.exit_code == 0, again.output
 
 
-def test_an_interrupted_demo_says_so(folder, tmp_path, monkeypatch):
-    import signal
+def test_a_demo_that_is_interrupted_while_it_trains_says_so(folder, tmp_path, monkeypatch):
+    real = Training.take_step
 
+    def take_step(made):
+        signal.raise_signal(signal.SIGTERM)
+        return real(made)
+
+    monkeypatch.setattr(Training, "take_step", take_step)
+    done = call("demo", "--out", tmp_path / "demo", "--model", folder[0], "--seconds", 1)
+    assert done.exit_code == 143
+    assert "Interrupted after step 1 of" in done.stdout
+    assert not (tmp_path / "demo" / "llm.html").exists()
+
+
+def test_a_demo_that_is_interrupted_before_it_trains_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_seconds_of_a_step", lambda *_: signal.raise_signal(signal.SIGINT))
     done = call("demo", "--out", tmp_path / "demo", "--model", folder[0])
     assert done.exit_code == 130
