@@ -10,7 +10,9 @@ Block principal pivoting (Judice and Pires 1994) solves for the free coordinates
 
 puts all that leave their bounds there, frees all whose gradient pulls inwards, and again until nothing changes sides.
 All change sides at once, and a change of few updates the last factorisation (:mod:`bcd.faces`). Where the first step
-goes too far, because the start is poor or P ill conditioned, a path of problems with damped steps leads there.
+goes too far, because the start is poor or P ill conditioned, a path of problems with damped steps leads there. Where P
+is explicit, many coordinates are free and greedy pair steps (WSS2) go fast, these lead there instead: each costs two
+rows of P.
 
 Pivoting need not descend on its way, and in degenerate cases it may cycle. So its result replaces the point only where
 f has fallen, and where it ends at no solution greedy blocks (GS-1, docs/theory.md), proximal steps and then steps of
@@ -30,7 +32,7 @@ import numpy as np
 
 from bcd import _compiled
 from bcd.constraints import FeasibleSet, Moves, project_sum
-from bcd.objectives import NonConvexError
+from bcd.objectives import DenseHessian, NonConvexError
 from bcd.result import Status
 
 __all__ = ["Watch", "descend", "start_point"]
@@ -41,6 +43,8 @@ BLOCK = 256  # coordinates of a greedy block
 PIVOTS = 60  # pivoting steps at most
 PATIENCE = 8  # of them without fewer coordinates changing sides than ever before
 CROWD = 0.25  # share of the coordinates that changes sides in the first step where that step goes too far
+FAST, SETTLED = 3.0, 0.01  # what N / 2 pair steps divide the violation by, and the share that changes sides in the last
+SPRINTS = 5  # times N / 2 pair steps at most
 MANY = 200  # free coordinates whose factorisation is cheap
 DAMPING = (0.01, 1e-10, 0.316)  # first and least, relative to the diagonal, and what it is multiplied by
 NEARLY = 0.05  # share of the coordinates that changes sides in the last damped step
@@ -202,6 +206,12 @@ class Walk:
         flat = (self.sums < 0) & (up | down) & (self.diagonal <= 0)
         return hasattr(self.hessian, "block") and len(endless) == 0 and not flat.any()
 
+    @cached_property
+    def lies_ready(self) -> bool:
+        """Whether pair steps on all coordinates can use P where it is: explicit, and its rows in the order of sums."""
+        explicit = isinstance(self.hessian, DenseHessian) and self.n == self.N
+        return explicit and self.greedy_helps and bool((self.sums >= 0).all() and (np.diff(self.sums) >= 0).all())
+
     def shift(self, grad: Array, index: Array, step: Array) -> None:
         """Bring a gradient after a move; the slacks have no column."""
         real = index < self.n
@@ -218,32 +228,30 @@ class Walk:
     # -- greedy blocks --
 
     def greedy(self, size: int, steps: int) -> None:
-        """WSS2 pair steps on a GS-1 block, or on all coordinates."""
-        moves = self.moves
-        W, start = self._by_sum(self._choose(size))
-        alone = start[-1] < len(W)  # those in no sum pair with a coordinate that nothing holds
-        count = len(W) + alone
-        if len(W) == self.n == self.N and not alone and len(start) == 2 and hasattr(self.hessian, "matrix"):
-            K = self.hessian.matrix
-            K = K if isinstance(K, np.ndarray) else self._dense_block(W, count)
-        else:
-            K = self._dense_block(W, count)
-        x, grad, lower, upper, diagonal = (np.zeros(count) for _ in range(5))
-        x[: len(W)], grad[: len(W)], diagonal[: len(W)] = moves.x[W], self.grad[W], self.diagonal[W]
-        lower[: len(W)], upper[: len(W)] = moves.lower[W], moves.upper[W]
-        if alone:
-            lower[-1], upper[-1], start = -np.inf, np.inf, np.append(start, count)
-        tol = 0.5 * self.watch.tol * self.scale
-        done, _, ended = _compiled.segment_pairs(
-            K, grad, x, lower, upper, diagonal, start, tol, self.watch.left(steps), _compiled.CONCAVITY
-        )
-        self.watch.iterations += done
-        if ended == _compiled.CONCAVE:
-            self._concave_pair(W, K, start)
-        self.watch.columns += 2 * done
-        moves.x[W] = x[: len(W)]
-        self.place_at(moves.x)
-        self.block = W
+        """WSS2 pair steps on a GS-1 block."""
+        pairs = _Pairs(self, size)
+        pairs.run(steps)
+        pairs.hand_over()
+        self.block = pairs.W
+
+    def sprint(self) -> bool:
+        """Pair steps on all coordinates while each N / 2 of them divide the violation by FAST; True if they settle.
+
+        Then few have changed sides lately, and pivoting needs one factorisation or two, which also tell whether P is
+        convex there. Where they are slow, P is ill conditioned and little is lost: they read 2 N entries a step.
+        """
+        pairs, before = _Pairs(self, self.N), self.moves.violation(self.grad)
+        sides, settled = pairs.sides(), False
+        for _ in range(SPRINTS):
+            if self.watch.stop() is not None or settled:
+                break
+            violation, old, sides = pairs.run(-(-self.N // 2)), sides, pairs.sides()
+            if FAST * violation > before and violation > pairs.tol:
+                break
+            changed, before = int(np.count_nonzero(sides != old)), violation
+            settled = changed <= SETTLED * self.N or violation <= pairs.tol
+        pairs.hand_over()
+        return settled
 
     def _choose(self, size: int) -> Array:
         """All coordinates, or the GS-1 block with the free ones of the last block in up to half of its places."""
@@ -290,11 +298,16 @@ class Walk:
 
     # -- all free coordinates at once --
 
-    def pivoting(self) -> bool:
-        """Block principal pivoting from here; the point moves if f falls. True if it ended at a solution."""
+    def pivoting(self, fresh: bool) -> bool:
+        """Block principal pivoting from here; the point moves if f falls. True if it ended at a solution.
+
+        Where it would be dear, pair steps come before it, if this is the ``fresh`` start and P lies ready for them.
+        """
         at = _Pivoting(self)
         crowded = max(at.changed, int(np.count_nonzero(at.state == 0)) - MANY) > CROWD * self.N
-        if crowded or at.step() > CROWD * self.N:  # too far, or too dear: a path of easier problems leads there
+        if crowded and fresh and self.lies_ready and self.sprint():
+            at = _Pivoting(self)
+        elif crowded or at.step() > CROWD * self.N:  # too far, or too dear: a path of easier problems leads there
             at = _Pivoting(self)
             at.follow()
         return self._accept(at, at.run())
@@ -422,6 +435,46 @@ class Walk:
             m = self.feasible.members(s)
             out[m] = project_sum(x[m], moves.lower[m], moves.upper[m], float(self.feasible.totals[s]))
         return out
+
+
+class _Pairs:
+    """WSS2 pair steps on a GS-1 block of the walk, or on all coordinates; it hears of them at the end."""
+
+    def __init__(self, walk: Walk, size: int):
+        self.walk, moves = walk, walk.moves
+        self.W, self.start = walk._by_sum(walk._choose(size))
+        W, alone = self.W, self.start[-1] < len(self.W)  # those in no sum pair with a coordinate that nothing holds
+        count = len(W) + alone
+        self.K = walk.hessian.matrix if walk.lies_ready and size >= walk.n else walk._dense_block(W, count)
+        self.x, self.grad, self.lower, self.upper, self.diagonal = (np.zeros(count) for _ in range(5))
+        self.x[: len(W)], self.grad[: len(W)], self.diagonal[: len(W)] = moves.x[W], walk.grad[W], walk.diagonal[W]
+        self.lower[: len(W)], self.upper[: len(W)] = moves.lower[W], moves.upper[W]
+        if alone:
+            self.lower[-1], self.upper[-1], self.start = -np.inf, np.inf, np.append(self.start, count)
+        self.tol = 0.5 * walk.watch.tol * walk.scale
+
+    def run(self, steps: int) -> float:
+        """So many steps at most, or to the tolerance; returns the violation."""
+        watch = self.walk.watch
+        done, violation, ended = _compiled.segment_pairs(
+            self.K, self.grad, self.x, self.lower, self.upper, self.diagonal, self.start, self.tol,
+            watch.left(steps), _compiled.CONCAVITY,
+        )  # fmt: skip
+        watch.iterations += done
+        watch.columns += 2 * done
+        if ended == _compiled.CONCAVE:
+            self.walk._concave_pair(self.W, self.K, self.start)
+        return violation
+
+    def sides(self) -> Array:
+        """-1 at the lower bound, 0 between, 1 at the upper one."""
+        return np.where(self.x >= self.upper, 1, np.where(self.x <= self.lower, -1, 0))
+
+    def hand_over(self) -> None:
+        """The walk goes there."""
+        walk, W = self.walk, self.W
+        walk.moves.x[W] = self.x[: len(W)]
+        walk.place_at(walk.moves.x)
 
 
 class _ActiveSet:
@@ -597,7 +650,8 @@ def descend(walk: Walk) -> Status:
         stopped = watch.stop() or (Status.CALLBACK if watch.tell and watch.tell(walk) else None)
         if stopped is not None:
             return stopped
-        solved = walk.pivoting() and turn < PATIENT  # once more refines a solution; then it is no longer to be trusted
+        solved = walk.pivoting(turn == 0)
+        solved = solved and turn < PATIENT  # once more refines a solution; then it is no longer to be trusted
         if not solved and walk.ray is None and walk.excess() > 1.0:
             if walk.greedy_helps:
                 walk.greedy(BLOCK, min(STEPS << min(turn, 16), MOST_STEPS))

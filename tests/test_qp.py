@@ -504,6 +504,56 @@ def test_families_of_the_experiments(family, n):
             assert abs(low.objective - dense.objective) <= room
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("family", ["most free", "ill-conditioned"])
+def test_pair_steps_come_first_while_they_go_fast(monkeypatch, family, groups):
+    """On an easy problem they leave one factorisation, on an ill-conditioned one they soon give way to damped steps."""
+    n = 600
+    make = qp_problems.mostly_free if family == "most free" else qp_problems.ill_conditioned
+    problem, orders = make(n, 0), []
+    factor = faces._cholesky
+
+    def counted(K, damping):
+        orders.append((len(K), damping is not None))
+        return factor(K, damping)
+
+    monkeypatch.setattr(faces, "_cholesky", counted)
+    labels = None if groups == 1 else np.repeat(np.arange(groups), n // groups)
+    total = 1.0 if groups == 1 else [1.0 / groups] * groups
+    result = solve_qp(problem.P, problem.q, total=total, groups=labels, lower=0, upper=problem.upper)
+    assert result.status is Status.CONVERGED
+    damped = [order for order, with_damping in orders if with_damping]
+    if family == "most free":
+        assert not damped
+        assert len(orders) == 1
+        assert n // 2 <= result.iterations <= 5 * n // 2 + 5
+    else:
+        assert damped
+        assert n // 2 <= result.iterations <= 3 * n // 2 + 20
+
+
+def test_pair_steps_end_at_no_saddle_point():
+    """Negative curvature that no pair has is an error, or gone at the answer, where pair steps come first as well."""
+    n, errors = 400, 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        v = rng.choice([-1.0, 1.0], n)
+        v -= v.mean()
+        P = np.eye(n) - (1 + 10.0**-seed) * np.outer(v, v) / (v @ v)
+        q = 0.2 / n * rng.standard_normal(n)
+        q -= (v @ q) / (v @ v) * v
+        try:
+            result = solve_qp(P, q, total=1, lower=0, upper=3 / n)
+        except NonConvexError as error:
+            judge_direction(case_of(P, q, 1.0), error)
+            errors += 1
+            continue
+        free = np.flatnonzero((result.x > 0) & (result.x < 3 / n))
+        Z = np.linalg.qr(np.column_stack([np.ones(len(free)), np.eye(len(free))[:, 1:]]))[0][:, 1:]
+        assert np.linalg.eigvalsh(Z.T @ P[np.ix_(free, free)] @ Z)[0] >= -1e-9
+    assert errors > 2
+
+
 @pytest.mark.parametrize("family", ["wishart", "ill-conditioned", "factors"])
 def test_a_solve_of_the_next_day_costs_less(family):
     case = family_case(family, 200, 0)
