@@ -173,7 +173,8 @@ class GreedyBlocks:
     power : float
         The score is divided by the frequency to this power; 0: visits do not matter.
     per_parameter : bool
-        Divide the score by the cost as well.
+        Divide the score, a norm, by the root of the cost as well: then blocks are walked by their root mean square,
+        which makes the squared norms taken in large for the budget.
     """
 
     power: float = 1.0
@@ -189,7 +190,7 @@ class GreedyBlocks:
         xp = array_api_compat.array_namespace(score, cost)
         frequency = xp.astype(state.visits + 1, score.dtype) / (state.selections + 1)
         weighted = score / frequency**self.power
-        return weighted / xp.astype(cost, score.dtype) if self.per_parameter else weighted
+        return weighted / xp.astype(cost, score.dtype) ** 0.5 if self.per_parameter else weighted
 
     def select(self, score: Any, cost: Any, budget: int, state: Visits, divisible: Any = None) -> tuple[Fill, Visits]:
         """Fill by priority and count a visit of every block that was taken, in part or whole."""

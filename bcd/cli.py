@@ -102,7 +102,7 @@ def solve(
     """Minimise 1/2 x'Qx + c'x subject to sum(x) = total and lower <= x <= upper."""
     with _errors():
         problem, x0 = load_problem(file)
-        _check_targets(out, plot)
+        _check_targets(out, plot, sources=(file,))
         _check_picture(plot)
         with _progress() as callback, np.errstate(over="ignore", invalid="ignore"):  # the status says what overflowed
             result = bcd.minimize(
@@ -191,11 +191,13 @@ def save_result(file: Path, result: bcd.Result) -> None:
         raise OSError(f"{file}: {error.strerror or error}") from error
 
 
-def _check_targets(*targets: Path | None) -> None:
-    """Refuse before the work what could not be written after it."""
+def _check_targets(*targets: Path | None, sources: tuple[Path, ...] = ()) -> None:
+    """Refuse before the work what could not be written after it, or would be written over a source."""
     for target in targets:
         if target is None:
             continue
+        if any(target.exists() and source.exists() and target.samefile(source) for source in sources):
+            raise ValueError(f"{target}: is read and would be overwritten; give another name to write to")
         folder = target.absolute().parent
         if target.is_dir() or not folder.is_dir():
             raise ValueError(f"{target}: must be a file in a folder that exists")

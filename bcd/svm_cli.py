@@ -108,7 +108,7 @@ def train(
         if model is not None and model_file is not None:
             raise ValueError(f"the model file is named twice: {model_file} and --model {model}")
         target = model or model_file or Path(data.name + ".model")
-        cli._check_targets(target)
+        cli._check_targets(target, sources=(data,))
         machine = _machine(svm_type, kernel, weight, **{
             "C": C, "gamma": gamma, "degree": degree, "coef0": coef0, "nu": nu, "epsilon": epsilon, "tol": tol,
             "cache_size": cache_size, "shrinking": _flag("-h", shrinking), "time_limit": time_limit,
@@ -137,7 +137,7 @@ def predict(
     with cli._errors(), _warnings():
         if probability:
             raise ValueError("-b 1 is not supported; calibrate in Python with CalibratedClassifierCV (docs/svm.md)")
-        cli._check_targets(out)
+        cli._check_targets(out, sources=(data, model_file))
         if not model_file.is_file():
             raise ValueError(f"{model_file}: no such file")
         model = libsvm.read_model(model_file)

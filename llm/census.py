@@ -114,19 +114,49 @@ class Census:
         hyper : Hyper
             Of its group.
         """
-        new, counts = self._reduced(position, grad, part, cohorts or [], hyper)
+        self.enter(position, *self._reduced(position, grad, part, cohorts or [], hyper))
+
+    def enter(self, position: int, new: Tensor, counts: Tensor | None = None, *, more: bool = False) -> None:
+        """Take over squares (and counts) of a parameter, unless an earlier gradient of the window gave finite ones.
+
+        Parameters
+        ----------
+        position : int
+        new, counts : Tensor
+            As in :attr:`squares` and :attr:`counts`.
+        more : bool
+            They are of a part of this gradient, and will be entered again.
+        """
         if position in self._seen:
             keep = self.squares[position].isfinite().all()
             new = torch.where(keep, self.squares[position], new)
-            counts = torch.where(keep, self.counts[position], counts) if self.entries else counts
+            counts = counts if counts is None else torch.where(keep, self.counts[position], counts)
         self.squares[position], self.age[position] = new, 0
-        if self.entries:
+        if counts is not None:
             self.counts[position] = counts
-        self._seen.add(position)
+        if not more:
+            self._seen.add(position)
+
+    def seen(self, position: int) -> bool:
+        """Whether a gradient of this window has been scored."""
+        return position in self._seen
+
+    def of_rows(self, grad: Tensor, hyper: Hyper) -> Tensor:
+        """Squares of a few rows without moments: float32 of shape (rows,)."""
+        return self._processed(grad, hyper).square().sum(1)
+
+    def correct_rows(self, position: int, grad: Tensor, part: Part, cohorts: list[Cohort], hyper: Hyper) -> None:
+        """Score active rows by their moments, from the gradient of these rows in the order of the part."""
+        if self.score == "adam":
+            where = part.where.long()
+            squares = self.of_rows(grad, hyper)
+            inside = part.at(torch.arange(part.count, device=grad.device))
+            self._correct(squares, squares.new_zeros(0, dtype=torch.int64), grad, inside, cohorts, hyper)
+            self.squares[position][where] = squares
 
     def _reduced(
         self, position: int, grad: Tensor, part: Part | None, cohorts: list[Cohort], hyper: Hyper
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         unit = self.blocks.units[position]
         squares = grad.new_zeros(self.blocks.slices(position), dtype=torch.float32)
         counts = grad.new_zeros(BINS if self.entries else 0, dtype=torch.int64)
@@ -139,7 +169,7 @@ class Census:
                 counts += _bins(piece.abs())
         if self.score == "adam" and part is not None:
             self._correct(squares, counts, grad, part, cohorts, hyper)
-        return squares, counts
+        return squares, counts if self.entries else None
 
     def _processed(self, grad: Tensor, hyper: Hyper) -> Tensor:
         grad = grad.float()

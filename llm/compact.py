@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CompactGrad", "Part", "flat", "pick_largest", "restrict"]
+__all__ = ["CompactGrad", "Part", "add_rows", "flat", "pick_largest", "replace_rows", "restrict"]
 
 aten = torch.ops.aten
 
@@ -161,6 +161,22 @@ def restrict(grad: Tensor, part: Part) -> Tensor:
     if part.unit == grad.numel() and not isinstance(grad, CompactGrad):
         return grad
     return CompactGrad(_gather(grad, part), part, grad.shape)
+
+
+def replace_rows(param: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """The gradient that is held for a parameter (compact, or none), with these values in these rows."""
+    old, rows = param.grad, rows.to(index_dtype(param.numel()))
+    if isinstance(old, CompactGrad):
+        others = ~torch.isin(old.part.where, rows)
+        rows = torch.cat([old.part.where[others], rows])
+        values = torch.cat([old.active[others], values])
+    return CompactGrad(values, Part(values.shape[1], len(rows), rows), param.shape)
+
+
+def add_rows(grad: CompactGrad, rows: Tensor, values: Tensor) -> None:
+    """Add values to rows of a compact gradient; to those that it holds."""
+    part = Part(grad.part.unit, len(rows), rows.to(grad.part.where.dtype))
+    grad.active.add_(_gather(CompactGrad(values, part, grad.shape), grad.part))
 
 
 def pick_largest(grad: Tensor, count: int) -> Part:

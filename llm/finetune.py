@@ -146,9 +146,7 @@ def load(name: str, dtype: str | None = None, device: str = "auto") -> tuple[Any
 
 def load_config(name: str, dtype: str | None = None) -> Any:
     """The configuration of a model, without its weights; parameters as of :func:`load`."""
-    hf = _transformers()
-    source, where = hf._located(name, None)
-    config = hf.transformers.AutoConfig.from_pretrained(source, **where)
+    config = _transformers().load_config(name)
     config.dtype = getattr(torch, dtype) if dtype else config.dtype
     return config
 

@@ -71,7 +71,10 @@ def narrow(param: Tensor, part: Part | None) -> None:
         param.grad = restrict(grad, pick_largest(grad, part.count))
     else:
         part = part.at(part.index.to(param.device))
-        if not (isinstance(grad, CompactGrad) and torch.equal(grad.part.where, part.where)):
+        whole = part.unit < part.entries == grad.numel() and not isinstance(grad, CompactGrad)
+        if whole:  # all slices, in ascending order as they were chosen: no copy
+            param.grad = CompactGrad(grad.reshape(-1, part.unit), part, grad.shape)
+        elif not (isinstance(grad, CompactGrad) and torch.equal(grad.part.where, part.where)):
             param.grad = restrict(grad, part)
 
 

@@ -18,7 +18,7 @@ their own and lie on its ``"shelf"``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def _write(cohort: Cohort, name: str, a: int, b: int, value: Tensor, generator: 
 
 def update_(
     param: Tensor,
-    grad: Tensor,
+    grad: Tensor | Callable[[Tensor], Tensor],
     part: Part,
     cohorts: list[Cohort],
     hyper: Hyper,
@@ -117,8 +117,9 @@ def update_(
     ----------
     param : Tensor
         Changed in its active entries, and there alone.
-    grad : Tensor
-        A :class:`CompactGrad` of this part, or dense, of which only the part is looked at.
+    grad : Tensor or callable
+        A :class:`CompactGrad` of this part, or dense, of which only the part is looked at; or what makes the gradient
+        of an index of slices, which then have fewer than ``CHUNK`` entries each.
     part : Part
     cohorts : list of dict
         Changed: steps count up, moments move (and are made at the first step).
@@ -134,8 +135,7 @@ def update_(
     """
     size, dtype = param.numel(), working_dtype(param.dtype)
     entries = flat(param)
-    compact = isinstance(grad, CompactGrad)
-    gradient = (grad.active if isinstance(grad, CompactGrad) else grad).reshape(-1)
+    gradient = _pieces_of(grad, part.unit)
     lo = 0
     for cohort in cohorts:
         if "exp_avg" not in cohort:
@@ -146,12 +146,23 @@ def update_(
         rate = hyper._replace(lr=hyper.lr * min(1.0, cohort["step"] / (cohort["ramp"] or 1)))
         start = lo * part.unit
         for a, b, where in _spans(part, size, lo, lo + cohort["count"]):
-            piece = (gradient[a:b] if compact else _at(gradient, where, part.unit)).to(dtype)
+            piece = gradient(a, b, where).to(dtype)
             piece = piece * scale if scale != 1.0 else piece
             _update_span(entries, where, piece, cohort, (a - start, b - start), rate, part.unit, precision, generator)
         lo += cohort["count"]
     if not param.is_contiguous():  # its layout is not that of a vector
         param.detach().copy_(entries.view(param.shape))
+
+
+def _pieces_of(grad: Tensor | Callable[[Any], Tensor], unit: int) -> Callable[[int, int, slice | Tensor], Tensor]:
+    """The gradient of what :func:`_spans` names."""
+    if not isinstance(grad, Tensor):
+        return lambda a, b, where: grad(where).view(-1)
+    if isinstance(grad, CompactGrad):
+        active = grad.active.reshape(-1)
+        return lambda a, b, where: active[a:b]
+    entries = grad.reshape(-1)
+    return lambda a, b, where: _at(entries, where, unit)
 
 
 def _at(entries: Tensor, where: slice | Tensor, unit: int) -> Tensor:

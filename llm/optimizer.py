@@ -29,16 +29,17 @@ from llm.adam import Hyper
 from llm.blocks import matching, named_groups
 from llm.census import Census
 from llm.choose import make_chooser
-from llm.compact import CompactGrad, Part, index_dtype, pick_largest, restrict
+from llm.compact import CompactGrad, Part, add_rows, index_dtype, pick_largest, replace_rows, restrict
 from llm.gradients import hear_losses, narrow, norm_of, not_finite_message, stored, update_inactive, watch
-from llm.moments import bytes_per_entry, regroup, shelve, update_
+from llm.moments import CHUNK, bytes_per_entry, regroup, shelve, update_, working_dtype
 from llm.patience import LossWatch
-from llm.row_gradients import RowGradients
+from llm.row_gradients import RowGradients, Rows
 from llm.saving import check_names, check_settings, on_device, pack, unpack
 from llm.settings import Settings
 
 __all__ = ["BlockLLM"]
 
+SURVEYED = 1 << 20  # entries of a gradient that a census makes at a time where the modules let it
 HELD = 2  # times the budget, or what moments and gradients take later: how much gradient the first window may hold
 
 
@@ -184,6 +185,7 @@ class BlockLLM(torch.optim.Optimizer):
         self.census = Census(self.blocks, self.settings.score)
         self.losses = LossWatch(self.settings.patience)
         self._updated: set[int] = set()  # in this window, by a hook
+        self._by_rows: set[int] = set()  # scored in this census without their whole gradient
         self._generators: dict[torch.device, torch.Generator] = {}
         self._required = [p.requires_grad for p in self._params()]
         self._hooks: list[Any] = []
@@ -233,7 +235,8 @@ class BlockLLM(torch.optim.Optimizer):
             self._hooks, self._watched = watch(self, params), [id(p) for p in params]
             self._cover(params)
         if self._row_gradients is not None:
-            self._row_gradients.use(self._active_rows())
+            rows = self._active_rows()
+            self._row_gradients.use(rows, self._surveyed(rows))
         wanted = self._wanted()
         for position, p in enumerate(params):
             if p.is_floating_point():
@@ -247,17 +250,22 @@ class BlockLLM(torch.optim.Optimizer):
         model = self._model() if self._model is not None else None
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         if model is not None and alone and self.blocks.granularity == "rows" and self.settings.inactive == "freeze":
-            self._row_gradients = RowGradients(self, model, params)
+            norms = not self.settings.in_backward  # a norm's weight would change before the rest of its backward
+            self._row_gradients = RowGradients(self, model, params, norms)
 
     def _active_rows(self) -> dict[int, Tensor]:
-        """Positions that are active in some of their rows, with these; none where whole gradients are wanted."""
-        if self.census_on:
-            return {}
+        """Positions that are active in rows, with these."""
         return {
             k: part.where
             for k, part in enumerate(self.parts or [])
-            if part is not None and part.unit == self.blocks.units[k] and 0 < part.count < self.blocks.slices(k)
+            if part is not None and part.unit == self.blocks.units[k] and part.count > 0 and self.blocks.slices(k) > 1
         }
+
+    def _surveyed(self, rows: Mapping[int, Tensor]) -> set[int]:
+        """Positions whose rows a census scores without their whole gradient: idle ones, and those active in rows."""
+        if not self.census_on:
+            return set()
+        return {k for k in self.census.turns | set(rows) if self.blocks.slices(k) > 1}
 
     def _wanted(self) -> set[int]:
         every = set(range(len(self.blocks.sizes))) - self._chooser.never
@@ -284,6 +292,8 @@ class BlockLLM(torch.optim.Optimizer):
             grad = param.grad = grad.to_dense()
         hyper = self._hyper(position)
         if self.census_on:
+            if position in self._by_rows and self._row_gradients is not None:  # used outside of its modules as well
+                self._row_gradients.leave(position)
             self.census.add(position, grad, *_with_moments(self.state.get(param, {})), hyper=hyper)
             if self.parts is None:
                 self._hold()
@@ -307,6 +317,9 @@ class BlockLLM(torch.optim.Optimizer):
     def arrived_rows(self, position: int, grad: Tensor) -> None:
         """Hook of a slot: keep or use the gradient of a parameter's active rows."""
         part, param = self.parts[position], self.param(position)  # type: ignore[index]
+        if self.census_on and param.grad is None:  # the first of the window
+            _, cohorts = _with_moments(self.state.get(param, {}))
+            self.census.correct_rows(position, grad, part, cohorts, self._hyper(position))  # type: ignore[arg-type]
         if param.grad is not None:
             grad = grad.add_(restrict(param.grad, part).active)  # type: ignore[arg-type, attr-defined]
         if self.settings.in_backward:
@@ -316,6 +329,62 @@ class BlockLLM(torch.optim.Optimizer):
             param.grad = None
         else:
             param.grad = CompactGrad(grad, part, param.shape)  # type: ignore[arg-type]
+
+    def by_rows(self, position: int) -> bool:
+        """In a census: whether a gradient shall come by rows. The first window holds whole ones while there is room."""
+        grad, size = self.param(position).grad, self.blocks.sizes[position]
+        if self.parts is not None or position in self._by_rows or isinstance(grad, CompactGrad):
+            return True
+        return grad is None and size > SURVEYED and not self._has_room(size)
+
+    @torch.no_grad()
+    def use_rows(self, position: int, gradient: Callable[[Rows], Tensor]) -> bool:
+        """Update active rows, a few at a time, as their gradient is made for the second time; the first finds its norm.
+
+        False: the gradient is wanted at once, through :meth:`arrived_rows`.
+        """
+        part, unit = self.parts[position], self.blocks.units[position]  # type: ignore[index]
+        scored = self.census_on and self.settings.score == "adam"
+        late = scored or not self.settings.in_backward or self.param(position).grad is not None
+        if part is None or late or part.entries <= SURVEYED or unit >= CHUNK:
+            return False
+        self._once(position)
+        pieces = part.where.split(max(1, SURVEYED // unit))
+        dtype = working_dtype(self.param(position).dtype)
+        norms = [torch.linalg.vector_norm(gradient(rows), dtype=dtype) for rows in pieces]
+        norm_of([self.blocks.names[position]], [torch.stack(norms)])
+        self._update(position, gradient, 1.0)
+        return True
+
+    @torch.no_grad()
+    def survey(self, position: int, gradient: Callable[[Rows], Tensor], more: bool) -> None:
+        """Score the rows of a parameter, a few at a time; in the first window keep those that are chosen so far."""
+        param, hyper = self.param(position), self._hyper(position)
+        count, step = len(param), max(1, SURVEYED // param.shape[1])
+        places = (slice(a, min(a + step, count)) for a in range(0, count, step))
+        squares = torch.cat([self.census.of_rows(gradient(place), hyper) for place in places])
+        self.census.enter(position, squares, more=more)
+        self._by_rows.add(position)
+        if isinstance(param.grad, CompactGrad) and self.parts is None:
+            param.grad.active.add_(gradient(param.grad.part.where))
+        elif self.parts is None:
+            part = self._chosen_so_far(position, squares)
+            param.grad = None if part is None else CompactGrad(gradient(part.where).to(param.dtype), part, param.shape)
+
+    @torch.no_grad()
+    def survey_rows(self, position: int, rows: Tensor, grad: Tensor, others: Tensor | None) -> None:
+        """Score rows of a token table; ``others``: what its head had there."""
+        param, first = self.param(position), not self.census.seen(position)
+        total = grad if others is None else others + grad
+        old = self.census.squares[position] if others is not None else grad.new_zeros(len(param), dtype=torch.float32)
+        squares = old.index_copy(0, rows.long(), self.census.of_rows(total, self._hyper(position)))
+        self.census.enter(position, squares)
+        self._by_rows.add(position)
+        if self.parts is None and first:
+            param.grad = replace_rows(param, rows, total.to(param.dtype))
+            self._hold()
+        elif self.parts is None and isinstance(param.grad, CompactGrad):
+            add_rows(param.grad, rows, grad)
 
     def _part_of(self, position: int, grad: Tensor) -> Part | None:
         """What is active of a parameter; entries that were chosen by number are found now, by their gradient."""
@@ -335,16 +404,33 @@ class BlockLLM(torch.optim.Optimizer):
 
     def _hold(self) -> None:
         """First window: drop gradients that will not be chosen once there are too many."""
+        if not (self._has_room(0) or self.census.not_finite()):
+            self._narrow_all()
+
+    def _has_room(self, more: int) -> bool:
+        """Whether the first window may hold so many more entries."""
         params = self._params()
-        held = [k for k, p in enumerate(params) if p.grad is not None]
-        sizes = [stored(p.grad).numel() for p in params if p.grad is not None]
+        held = sum(stored(p.grad).numel() for p in params if p.grad is not None)
         size = max(p.element_size() for p in params)
         later = bytes_per_entry(self.settings.states) + (0 if self.settings.in_backward else size)
-        if sum(sizes) <= min(HELD, max(1.0, later / size)) * self.budget or self.census.not_finite():
-            return
+        return held + more <= min(HELD, max(1.0, later / size)) * self.budget
+
+    def _narrow_all(self) -> list[Part | None]:
+        """Cut all gradients down to what would be chosen now. Returns that."""
+        params = self._params()
+        held = [k for k, p in enumerate(params) if p.grad is not None]
         parts, _ = self._chooser.choose(self.census, self.rule_state)
         for position in sorted(held, key=lambda k: parts[k] is not None):  # what is dropped makes room for copies
             narrow(params[position], parts[position])
+        return parts
+
+    def _chosen_so_far(self, position: int, squares: Tensor) -> Part | None:
+        """First window: what of a parameter would be chosen now; the worst row where gradients are not finite."""
+        unit, kind = self.blocks.units[position], index_dtype(self.blocks.sizes[position])
+        if self.census.not_finite():
+            return Part(unit, 1, squares.argmax().view(1).to(kind))
+        part = self._narrow_all()[position]
+        return part if part is None else part.at(part.where.to(squares.device))
 
     # -- the step ----------------------------------------------------------------------------------
 
@@ -430,7 +516,7 @@ class BlockLLM(torch.optim.Optimizer):
             if self.settings.in_backward:  # freed as it is used, as in later windows
                 params[position].grad = None
 
-    def _update(self, position: int, grad: Tensor, scale: float) -> None:
+    def _update(self, position: int, grad: Tensor | Callable[[Tensor], Tensor], scale: float) -> None:
         param = self.param(position)
         part = self.parts[position]  # type: ignore[index]
         if "cohorts" not in self.state.get(param, {}):
@@ -470,7 +556,7 @@ class BlockLLM(torch.optim.Optimizer):
         self._manage()
 
     def _begin_census(self) -> None:
-        self.census_on = True
+        self.census_on, self._by_rows = True, set()
         idle = [k for k in range(len(self.blocks.sizes)) if not self.parts or self.parts[k] is None]
         idle = [k for k in idle if k not in self._chooser.never]
         self.census.begin(idle, probe=self.settings.census == "probe" and self.parts is not None)
@@ -576,6 +662,7 @@ class BlockLLM(torch.optim.Optimizer):
         for key, state in state_dict["state"].items():
             self.state[place[key]] = on_device(state, place[key].device)
         unpack(self, selection)
+        self._by_rows.clear()
         self._updated.clear()
         self._manage()
 
@@ -583,6 +670,7 @@ class BlockLLM(torch.optim.Optimizer):
         """Drop all gradients; they are set to None whatever ``set_to_none`` says, since most are not stored."""
         super().zero_grad(set_to_none=True)
         self.census.restart()
+        self._by_rows.clear()
         self._updated.clear()
 
     # -- what users look at ------------------------------------------------------------------------

@@ -8,119 +8,357 @@ is the sum of dy over the places of token t.
 Modules that hold such a parameter keep computing the same output. Only its backward pass differs: it hands the rows'
 gradient to a leaf without memory of its own, the slot, whose hook tells the optimizer. The parameter still requires
 grad, so that what a model does with it outside of these modules reaches it as before.
+
+A census wants the norms of all rows. The modules then make the gradient of a few rows at a time, tell it and free it.
+Where the weight of a head is also the token table, the gradients of both add up, in the rows of the batch's tokens:
+of these the head's gradient is kept until the table's comes. A weight that is used in any other way several times
+gets its whole gradient.
+
+A linear layer needs its input for that. Where the input is a product (``silu(gate) * up``, a scaled norm) autograd
+holds the factors in any case, and the product is made again from them instead of being held as well. So is what a
+norm multiplies by its weight.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 __all__ = ["RowGradients", "RowWatcher", "cover"]
 
+Rows = slice | Tensor
+
 
 class RowWatcher(Protocol):
-    """What the slots tell: the optimizer, which they do not keep alive."""
+    """What is told of rows: the optimizer, which is not kept alive."""
 
     def arrived_rows(self, position: int, grad: Tensor) -> None:
-        """The gradient of a parameter's active rows, in the order in which :meth:`RowForward.use` got them."""
+        """The gradient of a parameter's active rows, in the order in which :meth:`RowGradients.use` got them."""
+
+    def use_rows(self, position: int, gradient: Callable[[Rows], Tensor]) -> bool:
+        """A function that makes the gradient of active rows; False: :meth:`arrived_rows` is wanted."""
+
+    def by_rows(self, position: int) -> bool:
+        """In a census: whether the gradient shall come by rows, not whole."""
+
+    def survey(self, position: int, gradient: Callable[[Rows], Tensor], more: bool) -> None:
+        """In a census: a function that makes the gradient of rows; ``more``: there will be :meth:`survey_rows`."""
+
+    def survey_rows(self, position: int, rows: Tensor, grad: Tensor, others: Tensor | None) -> None:
+        """In a census: the gradient of some rows, to which that of ``others`` adds, which was surveyed before.
+
+        Without others it is zero in all other rows.
+        """
+
+
+# -- inputs that are products ----------------------------------------------------------------------
+
+
+def _product(node: Any) -> Tensor | None:
+    """The output of a multiplication, made again from what autograd holds of it; None if that is not all.
+
+    What it does not hold of a factor may be the output of another multiplication.
+    """
+    node = _plain_node(node)
+    if node is None or node.name() != "MulBackward0":
+        return None
+    held = zip((node._saved_self, node._saved_other), node.next_functions, strict=True)
+    first, second = (saved if saved is not None else _product(made_by) for saved, (made_by, _) in held)
+    return None if first is None or second is None else first * second
+
+
+def _is_product(node: Any) -> bool:
+    """Whether :func:`_product` finds all factors."""
+    node = _plain_node(node)
+    if node is None or node.name() != "MulBackward0":
+        return False
+    held = zip((node._saved_self, node._saved_other), node.next_functions, strict=True)
+    return all(saved is not None or _is_product(made_by) for saved, (made_by, _) in held)
+
+
+def _plain_node(node: Any) -> Any:
+    """The multiplication in place of :class:`_Scale`, which hands its output on."""
+    return node.product if isinstance(node, _Scale._backward_cls) else node
+
+
+def _may_look() -> bool:
+    """Whether what autograd saves can be looked at: not where hooks take it away, as checkpointing does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _factor(node: Any, weight: Tensor) -> Any:
+    """The node that made the factor of ``weight`` in a multiplication, if that factor can be made again."""
+    if node is None or node.name() != "MulBackward0":
+        return None
+    for saved, (made_by, _) in zip((node._saved_other, node._saved_self), node.next_functions, strict=True):
+        same = saved is not None and saved.untyped_storage()._cdata == weight.untyped_storage()._cdata
+        if same and _is_product(made_by):
+            return made_by
+    return None
+
+
+# -- functions -------------------------------------------------------------------------------------
 
 
 class _Linear(torch.autograd.Function):
-    """``functional.linear``, with the gradient of some rows of the weight."""
+    """``functional.linear``, with the gradient of some rows of the weight, and in a census of all by turns."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, rows: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor | None, rows: Tensor | None, shared: Any
+    ) -> Tensor:
         """What the layer computes."""
-        ctx.save_for_backward(x, weight, rows)
+        ctx.shared, ctx.made_by = shared, x.grad_fn if _may_look() and _is_product(x.grad_fn) else None
+        ctx.save_for_backward(None if ctx.made_by else x, weight, rows)
         return functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Gradients of the input, the bias and the active rows."""
+        x: Any
         x, weight, rows = ctx.saved_tensors
-        wants_x, _, wants_bias, wants_rows, _ = ctx.needs_input_grad
+        wants_x, wants_weight, wants_bias, wants_rows, *_ = ctx.needs_input_grad
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = functional.linear(grad, weight.t()) if wants_x else None
         grad_bias = flat.sum(0) if wants_bias else None
-        grad_rows = flat.index_select(1, rows).t() @ x.reshape(-1, x.shape[-1]) if wants_rows else None
-        return grad_x, None, grad_bias, grad_rows, None
+        if not (wants_weight or wants_rows):
+            return grad_x, None, grad_bias, None, None, None
+        x = _product(ctx.made_by) if x is None else x
+        x = x.reshape(-1, x.shape[-1])
+
+        def gradient(rows: Rows) -> Tensor:
+            """Of some rows of the weight."""
+            return (flat[:, rows] if isinstance(rows, slice) else flat.index_select(1, rows)).t() @ x
+
+        if wants_weight and not ctx.shared.linear(gradient):
+            return grad_x, gradient(slice(None)), grad_bias, None, None, None
+        if not wants_rows or ctx.shared.used(gradient):
+            return grad_x, None, grad_bias, None, None, None
+        return grad_x, None, grad_bias, gradient(rows), None, None
 
 
 class _Table(torch.autograd.Function):
-    """``functional.embedding``, with the gradient of some rows of the table."""
+    """``functional.embedding``, with the gradient of some rows of the table, and in a census of the tokens' rows."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, slot: Tensor, rows: Tensor, padding: int | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        weight: Tensor,
+        slot: Tensor | None,
+        rows: Tensor | None,
+        padding: int | None,
+        shared: Any,
+    ) -> Tensor:
         """The rows of the tokens."""
         ctx.save_for_backward(tokens, rows)
-        ctx.padding = padding
+        ctx.padding, ctx.shape, ctx.shared = padding, weight.shape, shared
         return functional.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """The gradient of the active rows."""
         tokens, rows = ctx.saved_tensors
-        tokens = tokens.reshape(-1)
-        ordered, order = rows.sort()
-        place = torch.searchsorted(ordered, tokens.to(ordered.dtype)).clamp_(max=len(ordered) - 1)
-        held = ordered[place] == tokens
-        if ctx.padding is not None:
-            held &= tokens != ctx.padding
-        flat = grad.reshape(-1, grad.shape[-1])
-        total = flat.new_zeros(len(rows), flat.shape[1])
-        total.index_add_(0, order[place[held]], flat[held])
-        return None, None, total, None, None
+        _, wants_weight, wants_rows, *_ = ctx.needs_input_grad
+        tokens, flat = tokens.reshape(-1), grad.reshape(-1, grad.shape[-1])
+        counts = torch.ones_like(tokens, dtype=torch.bool) if ctx.padding is None else tokens != ctx.padding
+        if wants_weight and not ctx.shared.table(functools.partial(_of_tokens, tokens, flat, counts)):
+            padding = -1 if ctx.padding is None else ctx.padding
+            whole = torch.ops.aten.embedding_dense_backward(flat, tokens, ctx.shape[0], padding, False)
+            return None, whole, None, None, None, None
+        return None, None, _of_rows(tokens, flat, rows, counts) if wants_rows else None, None, None, None
 
 
-class RowForward:
-    """The forward of a linear layer or token table whose weight has few active rows.
+class _Scale(torch.autograd.Function):
+    """The output of a norm, ``weight * x``, and the gradient of that weight from an ``x`` that is made again."""
 
-    Parameters
+    @staticmethod
+    def forward(ctx: Any, product: Tensor, weight: Tensor, factor: Any) -> Tensor:
+        """The product, unchanged."""
+        ctx.product, ctx.factor = product.grad_fn, factor
+        return product.view_as(product)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Gradients of the product and the weight."""
+        factor: Any = _product(ctx.factor)
+        return grad, (grad * factor).reshape(-1, grad.shape[-1]).sum(0), None
+
+
+def _of_tokens(tokens: Tensor, flat: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of a table that tokens use, and their gradient."""
+    rows, place = tokens.unique(return_inverse=True)
+    return rows, flat.new_zeros(len(rows), flat.shape[1]).index_add_(0, place[counts], flat[counts])
+
+
+def _of_rows(tokens: Tensor, flat: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """The gradient of some rows of a table from that of its output."""
+    ordered, order = rows.sort()
+    place = torch.searchsorted(ordered, tokens.to(ordered.dtype)).clamp_(max=len(ordered) - 1)
+    held = (ordered[place] == tokens) & counts
+    total = flat.new_zeros(len(rows), flat.shape[1])
+    return total.index_add_(0, order[place[held]], flat[held])
+
+
+# -- modules ---------------------------------------------------------------------------------------
+
+
+class _Shared:
+    """A weight, and what its modules must know of each other.
+
+    Attributes
     ----------
-    module : Linear or Embedding
-        Gets this as its ``forward`` until :meth:`remove`; a copy of the module gets the plain one.
+    weight : Tensor
+    slot, rows : Tensor or None
+        Where gradients of the active rows go, and which these are.
+    census : bool
     """
 
+    def __init__(self, watcher: weakref.ref[RowWatcher], position: int, weight: Tensor, modules: int) -> None:
+        self._watcher, self._position, self.weight, self._modules = watcher, position, weight, modules
+        self.use(None, None, False)
+
+    def use(self, slot: Tensor | None, rows: Tensor | None, census: bool) -> None:
+        """Wanted from the next forward on: gradients of these rows; all rows for a census; both None and no census."""
+        self.slot, self.rows, self.census = slot, rows, census
+        self._linears = self._tables = 0  # forward passes whose backward is to come
+        self._by_rows: bool | None = None  # decided by the first of them
+        self._tokens: Tensor | None = None  # rows of the table that the next backward reaches
+        self._kept: Tensor | None = None  # the head's gradient in these
+
+    def called(self, tokens: Tensor | None) -> None:
+        """A module runs forward, a table with tokens; not told when a checkpoint recomputes it."""
+        self._by_rows = self._kept = None
+        if tokens is None:
+            self._linears += 1
+        elif self.census and isinstance(tokens, FakeTensor):  # how many rows it uses is not known
+            self._tables += 2
+        elif self.census:
+            self._tables, self._tokens = self._tables + 1, tokens.unique()
+
+    def linear(self, gradient: Callable[[Rows], Tensor]) -> bool:
+        """Backward of a linear layer; False: its whole gradient is needed."""
+        watcher = self._watcher()
+        if watcher is None or not self._decide(watcher, self._linears <= 1 and self._tables <= 1):
+            self._linears -= self._linears > 0
+            return False
+        self._linears = 0
+        watcher.survey(self._position, gradient, self._tables > 0)
+        if self._tables and self._tokens is not None:
+            self._kept = gradient(self._tokens)
+        return True
+
+    def used(self, gradient: Callable[[Rows], Tensor]) -> bool:
+        """Backward of a linear layer; False: the slot is to have the gradient of the active rows."""
+        watcher = self._watcher()
+        alone = self._modules == 1 and self._linears <= 1
+        self._linears -= self._linears > 0
+        return watcher is not None and alone and watcher.use_rows(self._position, gradient)
+
+    def table(self, gradient: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+        """Backward of a token table; False: its whole gradient is needed."""
+        watcher = self._watcher()
+        alone = self._tables <= 1 and not self._linears  # a linear layer that comes later would have to know this
+        if watcher is None or not self._decide(watcher, alone):
+            self._tables -= self._tables > 0
+            return False
+        self._tables, kept, self._kept, self._tokens = 0, self._kept, None, None
+        watcher.survey_rows(self._position, *gradient(), kept)
+        return True
+
+    def _decide(self, watcher: RowWatcher, alone: bool) -> bool:
+        if self._by_rows is None:
+            self._by_rows = alone and watcher.by_rows(self._position)
+        return self._by_rows
+
+
+class _Forward:
+    """Stands for the ``forward`` of a module until :meth:`remove`; a copy of the module gets the plain one."""
+
     def __init__(self, module: Any) -> None:
-        self.module, self.weight = module, module.weight
-        self.slot: Tensor | None = None
-        self.rows: Tensor | None = None
+        self.module = module
         module.forward = self
 
     def __reduce__(self) -> Any:
-        """Saved and copied as the plain forward: the slot belongs to one optimizer and one module."""
+        """Saved and copied as the plain forward: what is here belongs to one optimizer and one module."""
         return getattr, (self.module, "forward")  # of its class: nothing is in the new module yet
-
-    def __call__(self, input: Tensor) -> Tensor:
-        """What the module computes; compiled and replaced weights take the plain way, with their whole gradient."""
-        module, slot, x = self.module, self.slot, input
-        plain = slot is None or not torch.is_grad_enabled() or module.weight is not self.weight
-        if plain or torch.compiler.is_compiling():
-            return type(module).forward(module, x)
-        weight = self.weight.detach()
-        if isinstance(module, nn.Embedding):
-            return _Table.apply(x, weight, slot, self.rows, module.padding_idx)
-        bias = module.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = bias if bias is None else bias.to(dtype)
-        return _Linear.apply(x, weight, bias, slot, self.rows)
-
-    def use(self, slot: Tensor | None, rows: Tensor | None) -> None:
-        """Take gradients of these rows alone from the next forward on; None: of the whole weight, as ever."""
-        self.slot, self.rows = slot, rows
 
     def remove(self) -> None:
         """Give the module its own forward back."""
         if self.module.__dict__.get("forward") is self:
             del self.module.forward
+
+
+class ScaleForward(_Forward):
+    """The forward of a module whose only parameter may scale its output: a norm."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes."""
+        module, weight = self.module, self.module.weight
+        plain = functools.partial(type(module).forward, module, *args, **kwargs)
+        if torch.compiler.is_compiling() or not (weight.requires_grad and torch.is_grad_enabled()):
+            return plain()
+        if weight._backward_hooks or not _may_look():
+            return plain()
+        weight.requires_grad_(False)  # so that autograd does not hold the other factor
+        try:
+            output = plain()
+        finally:
+            weight.requires_grad_(True)
+        if not isinstance(output, Tensor):
+            factor = None
+        elif not output.requires_grad:  # nothing before it is trained
+            return plain()
+        else:
+            factor = _factor(output.grad_fn, weight)
+        if factor is None:
+            self.remove()
+            return plain()
+        return _Scale.apply(output, weight, factor)
+
+
+class RowForward(_Forward):
+    """The forward of a linear layer or token table whose weight has few active rows, or is looked at by a census.
+
+    Parameters
+    ----------
+    module : Linear or Embedding
+    shared : _Shared
+        Of its weight.
+    """
+
+    def __init__(self, module: Any, shared: _Shared) -> None:
+        super().__init__(module)
+        self.shared = shared
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """What the module computes; compiled, replaced and hooked weights have whole gradients, in the plain way."""
+        module, shared, x = self.module, self.shared, input
+        table = isinstance(module, nn.Embedding)
+        plain = torch.compiler.is_compiling() or (shared.slot is None and not shared.census)
+        if plain or module.weight is not shared.weight or shared.weight._backward_hooks:
+            return type(module).forward(module, x)
+        recomputed = torch._C._current_graph_task_id() != -1
+        if (module.training or torch.is_grad_enabled()) and not recomputed:
+            shared.called(x if table else None)
+        if not torch.is_grad_enabled():
+            return type(module).forward(module, x)
+        weight = shared.weight if shared.census else shared.weight.detach()
+        if table:
+            return _Table.apply(x, weight, shared.slot, shared.rows, module.padding_idx, shared)
+        bias = module.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = bias if bias is None else bias.to(dtype)
+        return _Linear.apply(x, weight, bias, shared.slot, shared.rows, shared)
 
 
 class RowGradients:
@@ -133,36 +371,45 @@ class RowGradients:
     model : Module
     params : sequence of Tensor
         By position.
+    norms : bool
+        Whether norms, too, make a factor again instead of holding it; their weight must not change in the backward.
     """
 
-    def __init__(self, watcher: RowWatcher, model: nn.Module, params: Sequence[Tensor]) -> None:
+    def __init__(self, watcher: RowWatcher, model: nn.Module, params: Sequence[Tensor], norms: bool = True) -> None:
         self._watcher = weakref.ref(watcher)
-        self._forwards = {k: [RowForward(m) for m in modules] for k, modules in cover(model, params).items()}
-        self._rows: dict[int, Tensor] = {}
+        covered = cover(model, params)
+        self._shared = {k: _Shared(self._watcher, k, params[k], len(modules)) for k, modules in covered.items()}
+        self._forwards = {k: [RowForward(m, self._shared[k]) for m in modules] for k, modules in covered.items()}
+        self._scales = [ScaleForward(module) for module in scales(model, params)] if norms else []
 
-    def use(self, wanted: dict[int, Tensor]) -> None:
-        """Positions and their active rows whose gradients alone are wanted; all others get whole gradients."""
-        for position, forwards in self._forwards.items():
+    def use(self, wanted: dict[int, Tensor], census: set[int]) -> None:
+        """Positions whose gradients are wanted in some rows alone, with these, and those a census looks at."""
+        for position, shared in self._shared.items():
             rows = wanted.get(position)
-            if rows is self._rows.get(position):
-                continue
-            slot = None if rows is None else self._slot(position, forwards[0].weight, len(rows))
-            for forward in forwards:
-                forward.use(slot, rows)
-        self._rows = {position: rows for position, rows in wanted.items() if position in self._forwards}
+            if rows is not shared.rows or shared.census or position in census:
+                slot = shared.slot if rows is shared.rows else self._slot(position, shared.weight, rows)
+                shared.use(slot, rows, position in census)
 
-    def _slot(self, position: int, weight: Tensor, count: int) -> Tensor:
+    def _slot(self, position: int, weight: Tensor, rows: Tensor | None) -> Tensor | None:
         """A leaf with the shape of the active rows, of one entry in memory."""
-        slot = weight.detach().new_zeros(()).expand(count, weight.shape[1]).requires_grad_()
+        if rows is None:
+            return None
+        slot = weight.detach().new_zeros(()).expand(len(rows), weight.shape[1]).requires_grad_()
         slot.register_post_accumulate_grad_hook(functools.partial(_tell, self._watcher, position))
         return slot
 
+    def leave(self, position: int) -> None:
+        """Let a parameter have whole gradients from now on."""
+        self._shared.pop(position, None)
+        for forward in self._forwards.pop(position, []):
+            forward.remove()
+
     def remove(self) -> None:
         """Give all modules their own forwards back."""
-        for forwards in self._forwards.values():
-            for forward in forwards:
-                forward.remove()
-        self._forwards, self._rows = {}, {}
+        for position in list(self._forwards):
+            self.leave(position)
+        while self._scales:
+            self._scales.pop().remove()
 
 
 def _tell(watcher: weakref.ref[RowWatcher], position: int, slot: Tensor) -> None:
@@ -188,6 +435,21 @@ def cover(model: nn.Module, params: Sequence[Tensor]) -> dict[int, list[nn.Modul
             if id(parameter) in places:
                 holders.setdefault(places[id(parameter)], []).append(module)
     return {k: modules for k, modules in holders.items() if all(_plain(m, params[k]) for m in modules)}
+
+
+def scales(model: nn.Module, params: Sequence[Tensor]) -> list[nn.Module]:
+    """Modules that hold nothing but a vector of these, called weight: most are norms."""
+    known = {id(p) for p in params}
+    return [
+        m
+        for m in model.modules()
+        if list(m._parameters) == ["weight"]
+        and m._parameters["weight"] is not None
+        and m._parameters["weight"].dim() == 1
+        and id(m._parameters["weight"]) in known
+        and not m._modules
+        and "forward" not in m.__dict__
+    ]
 
 
 def _plain(module: nn.Module, weight: Tensor) -> bool:

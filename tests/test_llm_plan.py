@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 from small_models import TinyLM, copies, tokens  # noqa: E402
 from torch import nn  # noqa: E402
 
-from llm import BlockLLM, census, gradients, moments  # noqa: E402
+from llm import BlockLLM, census, gradients, moments, optimizer  # noqa: E402
 from llm.ledger import Ledger, watch  # noqa: E402
 from llm.plan import PLACES, fake_model, plan, prescribe, simulate  # noqa: E402
 
@@ -170,6 +170,8 @@ SIZE, CHUNK = 128, 1024
 def small_chunks(monkeypatch):
     for module in (moments, census, gradients):
         monkeypatch.setattr(module, "CHUNK", CHUNK)
+    monkeypatch.setattr(optimizer, "CHUNK", CHUNK)
+    monkeypatch.setattr(optimizer, "SURVEYED", CHUNK)
 
 
 def of_one_matrix(budget, states, places):

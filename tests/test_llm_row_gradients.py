@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from llm import BlockLLM
+from llm import BlockLLM, row_gradients
 from llm.compact import CompactGrad
 from llm.row_gradients import cover
 
@@ -61,7 +61,7 @@ def train(model: nn.Module, params, *, steps=7, parts=1, cast=None, model_argume
             with torch.autocast("cpu", dtype=cast) if cast else nullcontext():
                 loss = loss_of(model, step * parts + part)
             loss.backward()
-        if options.get("max_grad_norm") is None and not options.get("in_backward"):
+        if step and options.get("max_grad_norm") is None and not options.get("in_backward"):  # first: more is held
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -85,7 +85,11 @@ def train(model: nn.Module, params, *, steps=7, parts=1, cast=None, model_argume
     ],
     ids=str,
 )
-def test_same_run_as_with_whole_gradients(tied, checkpointed, how):
+@pytest.mark.parametrize("surveyed", [40, 1 << 20])
+def test_same_run_as_with_whole_gradients(tied, checkpointed, how, surveyed, monkeypatch):
+    monkeypatch.setattr("llm.optimizer.SURVEYED", surveyed)
+    if surveyed == 40:
+        monkeypatch.setattr("llm.optimizer.HELD", 0.5)  # the first window takes the table by rows as well
     if tied and how.get("in_backward"):
         pytest.skip("a tied table has one gradient, of which its slot knows all; below")
     torch.manual_seed(0)
@@ -224,3 +228,98 @@ def test_modules_that_compute_something_else_are_left_alone():
     assert list(cover(model, list(model.parameters()))) == [0]
     norm = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, bias=False))
     assert not cover(norm, list(norm.parameters()))
+
+
+# -- censuses by rows ----------------------------------------------------------------------------------
+
+
+class Norm(nn.Module):
+    """Of the root of the mean square, as many models write it."""
+
+    def __init__(self, scale=None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH) if scale is None else scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * x.pow(2).mean(-1, keepdim=True).add(1e-6).rsqrt())
+
+
+class Gated(nn.Module):
+    """A gated layer between a table and its head; the layer runs as often as told."""
+
+    def __init__(self, tied: bool = True, times: int = 1) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(VOCABULARY, WIDTH), Norm()
+        self.gate, self.up = nn.Linear(WIDTH, 20, bias=False), nn.Linear(WIDTH, 20, bias=False)
+        self.down, self.head = nn.Linear(20, WIDTH, bias=False), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.times = times
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.table(tokens)
+        for _ in range(self.times):
+            y = self.norm(x)
+            x = x + self.down(functional.silu(self.gate(y)) * self.up(y))
+        return self.head(x)
+
+
+def scored(params, model: nn.Module, score: str) -> list[dict[str, torch.Tensor]]:
+    """Squares of three censuses, with two backward passes in a window."""
+    options = {"budget": 0.3, "switch_every": 2, "granularity": "rows", "score": score}
+    optimizer, found = BlockLLM(params, 3e-3, **options), []
+    for step in range(5):
+        for part in range(2):
+            loss_of(model, 2 * step + part).backward()
+        if optimizer.census_on:
+            found.append({optimizer.blocks.names[k]: s.clone() for k, s in optimizer.census.squares.items()})
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.close()
+    return found
+
+
+@pytest.mark.parametrize("score", ["grad", "adam"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("surveyed", [40, 1 << 20])
+def test_a_census_by_rows_finds_what_one_of_whole_gradients_finds(score, tied, times, surveyed, monkeypatch):
+    monkeypatch.setattr("llm.optimizer.SURVEYED", surveyed)
+    torch.manual_seed(0)
+    ours = Gated(tied, times)
+    plain = copy.deepcopy(ours)
+    pairs = scored(ours, ours, score), scored(plain.named_parameters(), plain, score)
+    assert len(pairs[0]) > 1
+    for mine, theirs in zip(*pairs, strict=True):
+        assert set(mine) == set(theirs)
+        for name in theirs:
+            torch.testing.assert_close(mine[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_census_takes_whole_gradients_of_what_is_used_outside_of_its_module_as_well():
+    def loss(model: nn.Module) -> torch.Tensor:
+        return loss_of(model, 0) + model.down.weight.square().sum()
+
+    torch.manual_seed(0)
+    model = Gated()
+    optimizer = BlockLLM(model, 3e-3, budget=0.3, switch_every=1, granularity="rows")
+    for _ in range(3):  # the second census finds out
+        plain = copy.deepcopy(model).requires_grad_()
+        loss(plain).backward()
+        loss(model).backward()
+        squares = optimizer.census.squares[optimizer.blocks.names.index("down.weight")]
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(squares, plain.down.weight.grad.square().sum(1))
+
+
+def test_products_are_made_again_bit_by_bit():
+    torch.manual_seed(0)
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    for frozen in (False, True):
+        norm = Norm().requires_grad_(not frozen)
+        for y in (norm(x), functional.silu(x) * x.exp(), (x * 3) * norm(x)):
+            assert row_gradients._is_product(y.grad_fn)
+            assert torch.equal(row_gradients._product(y.grad_fn), y)
+    assert not row_gradients._is_product((x + 1).grad_fn)
+    assert not row_gradients._is_product((x.exp() * torch.ones(WIDTH) + 1).grad_fn)
