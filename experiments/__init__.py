@@ -3,7 +3,7 @@
 
 An experiment is a module of this folder with a ``TITLE``, a ``SEED``, its settings at the top, and
 
-    run(quick) -> dict       raw numbers; under "pictures", figures by suffix ("" for NAME.png)
+    run(quick) -> dict       raw numbers; under "pictures", figures or the bytes of PNGs by suffix ("" for NAME.png)
     tables(results) -> dict  Markdown by name, from what a result file holds under "results"
 
 ``python -m experiments run NAME`` writes results/NAME.json and results/NAME*.png;

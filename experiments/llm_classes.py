@@ -14,7 +14,7 @@ import torch
 from experiments.llm_batches import Batch, Task, linear, predictions
 from experiments.llm_files import cached_arrays, lines
 
-ROWS, LENGTH, EVAL_ROWS = 32, 96, 64  # sentences a step, tokens of the longest, sentences at a time when evaluating
+ROWS, LENGTH, EVAL_ROWS = 32, 96, 128  # sentences a step, tokens of the longest, sentences at a time when evaluating
 SETTINGS = {"rows": ROWS, "length": LENGTH}
 
 Rows = list[tuple[str, str, int]]

@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Training runs in pieces: units in processes of their own, raw results a line each, and which unit is next.
 
-A unit is one training run, one pass that measures memory, or the evaluation of the model before training. Its result
-is appended at once to results/NAME_runs.jsonl with the settings that it depends on, so that a benchmark may be ended at
+A unit is one training run, a few steps whose CPU seconds are measured, one pass that measures memory, or the
+evaluation of the model before training. CPU seconds and memory are always measured on a CPU; on which device a
+training run is made (LLM_DEVICE, the CPU unless it is set) is noted and no part of what it is. A unit's result is
+appended at once to results/NAME_runs.jsonl with the settings that it depends on, so that a benchmark may be ended at
 any time and goes on where it stopped; a unit whose settings have changed since is run again. ``python -m experiments
 run NAME`` runs units, the most valuable first, and makes tables and pictures of what is there.
 
 Environment: LLM_MINUTES ends it before a unit that would take longer (0: only tables and pictures);
-LLM_ONLY="gsm8k;LoRA" keeps to units whose names contain one of the words. OMP_NUM_THREADS is handed on as it is.
+LLM_ONLY="gsm8k;LoRA" keeps to units whose names contain one of the words; LLM_WORKERS=8 runs so many units at a time,
+those on a CPU excepted. OMP_NUM_THREADS is handed on as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -28,9 +33,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import FOLDER, RESULTS, record
+from experiments import RESULTS, record
 
-TRAIN, MEMORY, START = "train", "memory", "start"
+TRAIN, MEMORY, START, COST = "train", "memory", "start", "cost"
+CPU = "cpu"
 PACKAGES = ("torch", "transformers", "peft", "galore-torch", "apollo-torch", "badam", "tokenizers")
 ERROR_LINES = 3  # of a unit that failed, kept
 SLACK = 1.15  # a unit may take so many times as long as the longest one of its kind so far
@@ -43,7 +49,7 @@ class Unit(NamedTuple):
 
     Attributes
     ----------
-    kind : {"train", "memory", "start"}
+    kind : {"train", "memory", "start", "cost"}
     data : str
     method : str
         "" for the model before training.
@@ -65,6 +71,11 @@ class Unit(NamedTuple):
         """For the log, for LLM_ONLY and for lists of what is missing."""
         what = f", lr {self.lr:g}, seed {self.seed}" if self.kind == TRAIN else ""
         return f"{self.kind} {self.data} {self.method}{what}".strip()
+
+    @property
+    def device(self) -> str:
+        """Where it is to run."""
+        return os.environ.get("LLM_DEVICE", CPU) if self.kind in (TRAIN, START) else CPU
 
 
 # -- raw results --------------------------------------------------------------------------------
@@ -182,7 +193,7 @@ class Matrix:
     criterion : mapping of str to callable
         By data set: from the result of a training run to the number that the best rate minimises.
     memory : bool
-        Whether memory is measured.
+        Whether memory and the CPU seconds of a step are measured.
     expected : mapping of str to float
         Seconds of a training run where nothing is known yet, by data set.
     """
@@ -240,7 +251,7 @@ class Matrix:
                 order = sorted(grid, key=lambda lr, grid=grid: abs(grid.index(lr) - len(grid) // 2))
                 yield from (self.unit(TRAIN, data, method, lr) for lr in order[turn : turn + 1])
         if self.memory:
-            yield from (self.unit(MEMORY, data, method) for method in methods)
+            yield from (self.unit(kind, data, method) for kind in (COST, MEMORY) for method in methods)
         tuned = {method: self.tuned(runs, data, method) for method in methods}
         for method, state in tuned.items():
             yield from (self.unit(TRAIN, data, method, lr) for lr in state.missing)
@@ -260,7 +271,9 @@ def _beyond(rates: list[float], best: float) -> list[float]:
 # -- running them -------------------------------------------------------------------------------
 
 
-def run_missing(matrix: Matrix, runs: Runs, minutes: float | None = None, only: tuple[str, ...] = ()) -> None:
+def run_missing(
+    matrix: Matrix, runs: Runs, minutes: float | None = None, only: tuple[str, ...] = (), workers: int = 1
+) -> None:
     """Run what is missing until nothing is, or until the next unit would not fit in the time that is left.
 
     Parameters
@@ -272,15 +285,44 @@ def run_missing(matrix: Matrix, runs: Runs, minutes: float | None = None, only: 
         Of wall-clock time; None: no limit.
     only : tuple of str
         Words of which a unit's name contains one; empty: all units.
+    workers : int
+        Units at a time; one that is timed on the CPU runs alone.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     tried: set[Unit] = set()
-    while unit := _next(matrix, runs, deadline - time.monotonic(), only, tried):
-        tried.add(unit)
-        print(f"{matrix.name}: {unit.name}", flush=True)
-        line = {"unit": unit._asdict(), "settings": matrix.settings(unit)} | in_a_process(matrix.name, unit)
-        runs.append(line)
-        print(f"{matrix.name}: {line.get('error', 'done')}, {line['made']['seconds']:.0f} s", flush=True)
+    running: dict[Future[Results], Unit] = {}
+    pool = processes(workers)
+    try:
+        while True:
+            unit = _next(matrix, runs, deadline - time.monotonic(), only, tried)
+            if unit and (not running or (len(running) < workers and not _alone(unit, running.values()))):
+                tried.add(unit)
+                print(f"{matrix.name}: {unit.name}", flush=True)
+                running[pool.submit(carry, matrix.name, unit)] = unit
+                continue
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                unit = running.pop(future)
+                line = {"unit": unit._asdict(), "settings": matrix.settings(unit)} | outcome(future)
+                runs.append(line)
+                print(f"{matrix.name}: {unit.name}: {line.get('error', 'done')}", flush=True)
+                if isinstance(future.exception(), BrokenProcessPool) and not running:
+                    pool = processes(workers)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes, one for every unit where they run one after the other."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1 if workers == 1 else None)
+
+
+def _alone(unit: Unit, running: Iterable[Unit]) -> bool:
+    return any(u.device == CPU for u in (unit, *running))
 
 
 def _next(matrix: Matrix, runs: Runs, left: float, only: tuple[str, ...], tried: set[Unit]) -> Unit | None:
@@ -301,7 +343,7 @@ def collect(matrix: Matrix, quick: bool) -> Runs:
     """The raw results after running what is missing and there is time for; quick: all of it, in a file of its own."""
     runs = scratch_runs(matrix.name) if quick else Runs(raw_file(matrix.name))
     with sigterm_as_exit():
-        run_missing(matrix, runs, *((None, ()) if quick else from_environment()))
+        run_missing(matrix, runs, *(() if quick else from_environment()))
     return runs
 
 
@@ -319,45 +361,39 @@ def sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def from_environment() -> tuple[float | None, tuple[str, ...]]:
-    """LLM_MINUTES and LLM_ONLY.
+def from_environment() -> tuple[float | None, tuple[str, ...], int]:
+    """LLM_MINUTES, LLM_ONLY and LLM_WORKERS.
 
     Raises
     ------
     ValueError
-        If LLM_MINUTES is no number.
+        If LLM_MINUTES or LLM_WORKERS is no number.
     """
-    text = os.environ.get("LLM_MINUTES", "")
+    text, workers = os.environ.get("LLM_MINUTES", ""), os.environ.get("LLM_WORKERS", "1")
     try:
         minutes = float(text) if text else None
     except ValueError:
         raise ValueError(f"LLM_MINUTES must be a number of minutes, such as 60; found {text!r}") from None
-    return minutes, tuple(word for word in os.environ.get("LLM_ONLY", "").split(";") if word)
+    if not workers.isdecimal() or workers == "0":
+        raise ValueError(f"LLM_WORKERS must be a number of processes, such as 8; found {workers!r}")
+    return minutes, tuple(word for word in os.environ.get("LLM_ONLY", "").split(";") if word), int(workers)
 
 
-def in_a_process(module: str, unit: Unit) -> Results:
-    """Run a unit in a fresh process.
-
-    Returns
-    -------
-    dict
-        ``made``, and ``result`` or ``error``.
-    """
+def carry(module: str, unit: Unit) -> Results:
+    """Run a unit, in the process of a worker. Returns ``result``, ``where`` it was made, and ``seconds``."""
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        out, errors = Path(folder) / "result.json", Path(folder) / "errors"
-        command = [sys.executable, "-m", "experiments.llm_common", module, json.dumps(unit._asdict()), str(out)]
-        with errors.open("wb") as stream, subprocess.Popen(command, cwd=FOLDER.parent, stderr=stream) as process:
-            try:
-                process.wait()
-            except BaseException:
-                process.kill()
-                raise
-        entry = {"made": made() | {"seconds": round(time.perf_counter() - began, 1)}}
-        if out.exists():
-            return entry | {"result": json.loads(out.read_text(encoding="utf-8"))}
-        last = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-ERROR_LINES:]
-        return entry | {"error": " | ".join(last) or f"exit status {process.returncode}"}
+    result = import_module(f"experiments.{module}").work(unit)
+    return {"result": result, "where": where(unit.device), "seconds": round(time.perf_counter() - began, 1)}
+
+
+def outcome(future: Future[Results]) -> Results:
+    """``made``, and ``result`` or ``error``, of a unit that has ended."""
+    error = future.exception()
+    if error is not None:
+        lines = "".join(traceback.format_exception(error)).strip().splitlines()[-ERROR_LINES:]
+        return {"made": made() | {"seconds": 0.0}, "error": " | ".join(lines)}
+    found = future.result()
+    return {"made": made() | found["where"] | {"seconds": found["seconds"]}, "result": found["result"]}
 
 
 def made() -> Results:
@@ -372,6 +408,15 @@ def made() -> Results:
     }
 
 
+def where(device: str) -> Results:
+    """The name of a CUDA device and what its library is; nothing for the CPU."""
+    if device == CPU:
+        return {}
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+
+
 def versions() -> dict[str, str]:
     """Of the packages that are there."""
     found = {}
@@ -379,15 +424,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def main(module: str, unit: str, out: str) -> None:
-    """What the process of a unit does."""
-    result = import_module(f"experiments.{module}").work(Unit(**json.loads(unit)))
-    part = Path(out + ".part")
-    part.write_text(json.dumps(result), encoding="utf-8")
-    part.rename(out)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

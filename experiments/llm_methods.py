@@ -23,6 +23,7 @@ from llm import BlockLLM
 Built = tuple[nn.Module, torch.optim.Optimizer]
 LAYER = re.compile(r"^(.*\.layers?\.\d+\.)")
 SHORT = 3  # steps between switches while memory is measured
+TIMED = 4  # steps between switches while time is measured
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,14 @@ class Method:
         """
         torch.manual_seed(seed)
         return BUILDERS[self.kind](model, lr, seed, list(head), **self.options)
+
+    def with_timed_periods(self) -> Method:
+        """The same with every layer of BAdam once, or BlockLLM switching every few steps, if it switches by steps."""
+        if self.kind == "badam":
+            return replace(self, options=self.options | {"switch_every": 1})
+        if self.kind == "blockllm" and self.options.get("rule") != "full":
+            return replace(self, options=self.options | {"switch_every": TIMED, "patience": None})
+        return self
 
     def with_short_periods(self) -> Method:
         """The same with switches every few steps, and BAdam at its worst place: the lowest layer."""

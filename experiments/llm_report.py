@@ -18,16 +18,18 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments.figures import panels, style, tidy
-from experiments.llm_common import MEMORY, START, TRAIN, Matrix, Runs, Tuned
+from experiments.llm_common import COST, MEMORY, START, TRAIN, Matrix, Runs, Tuned
 from experiments.llm_methods import Method
 from experiments.tables import markdown
 
 LEVEL = 0.95
 MB = 1e6
+NAN = float("nan")
 NOTES = (
     "Mean over the seeds ± half of its 95% t-interval. Differences: ± the wider half interval of two (over held-out "
     "examples, over seeds), bold outside both. After a rate, ! says that it is the smallest or largest that was tried, "
-    "? that some have not run yet.\n"
+    "? that some have not run yet. CPU s: a mean step and switch, timed on a CPU with two threads, times their number. "
+    "Peak MB: counted on a CPU over all live tensors; on the GPU what PyTorch had allocated at most.\n"
 )
 ADAMW = "AdamW"
 
@@ -151,12 +153,19 @@ def paired(first: np.ndarray, second: np.ndarray) -> Results:
 
 
 class Entry(NamedTuple):
-    """A method on a data set: its rates, its runs at the best one by seed, all of its runs, and its memory."""
+    """A method on a data set: its rates, its runs at the best one by seed, its memory, and its CPU seconds."""
 
     tuned: Tuned
     runs: dict[int, Results]
-    every: list[Results]
     memory: Results | None
+    cost: Results | None
+
+    def cpu(self, run: Results, step: int) -> float:
+        """CPU seconds of a run's first steps: those of a mean step, and what every switch after the first adds."""
+        if self.cost is None:
+            return float("nan")
+        switches = sum(s <= step for s in run.get("selection", {}).get("switches", []))
+        return float(self.cost["step"] * step + self.cost["switch"] * switches)
 
 
 def entries(matrix: Matrix, runs: Runs, data: str) -> dict[str, Entry]:
@@ -169,9 +178,8 @@ def entries(matrix: Matrix, runs: Runs, data: str) -> dict[str, Entry]:
             continue
         units = {seed: matrix.unit(TRAIN, data, method, best, seed) for seed in matrix.seeds[data]}
         at_best = {seed: run for seed, unit in units.items() if (run := matrix.result(runs, unit))}
-        every = [matrix.result(runs, matrix.unit(TRAIN, data, method, lr)) for lr in tuned.tried]
-        memory = matrix.result(runs, matrix.unit(MEMORY, data, method))
-        found[method] = Entry(tuned, at_best, [run for run in every if run], memory)
+        memory, cost = (matrix.result(runs, matrix.unit(kind, data, method)) for kind in (MEMORY, COST))
+        found[method] = Entry(tuned, at_best, memory, cost)
     return found
 
 
@@ -182,18 +190,18 @@ def together(measure: Measure, first: Entry, second: Entry, cpu: bool = False) -
     """
     rows = []
     for seed in first.runs.keys() & second.runs.keys():
-        pair = (first.runs[seed], second.runs[seed])
-        if any(run["diverged"] for run in pair):
+        pair = [(entry, entry.runs[seed]) for entry in (first, second)]
+        if any(run["diverged"] for _, run in pair):
             return None
-        limit = min(run["points"][-1]["cpu"] for run in pair) if cpu else None
-        values = [at_cpu(measure, run, limit) for run in pair]
+        limit = min(entry.cpu(run, run["points"][-1]["step"]) for entry, run in pair) if cpu else None
+        values = [at_cpu(measure, entry, run, limit) for entry, run in pair]
         if any(value is None for value in values):
             return None
         rows.append(values)
     return paired(*(np.stack(side) for side in zip(*rows, strict=True))) if rows else None
 
 
-def at_cpu(measure: Measure, run: Results, limit: float | None) -> np.ndarray | None:
+def at_cpu(measure: Measure, entry: Entry, run: Results, limit: float | None) -> np.ndarray | None:
     """Values after so many CPU seconds, on straight lines between evaluations; None before the first. No limit: last.
 
     Matthews' correlation is no mean over examples, but its pseudo-values may be mixed all the same.
@@ -201,14 +209,15 @@ def at_cpu(measure: Measure, run: Results, limit: float | None) -> np.ndarray | 
     points = run["points"]
     if limit is None:
         return measure.values(run, points[-1])
-    later = next(k for k, point in enumerate(points) if point["cpu"] >= limit)
-    if points[later]["cpu"] == limit:
-        return measure.values(run, points[later])
-    if later == 0:
+    times = [entry.cpu(run, point["step"]) for point in points]
+    later = next((k for k, seconds in enumerate(times) if seconds >= limit), None)
+    if later is None or (later == 0 and times[0] > limit):  # nothing is known of the time, or of so early a one
         return None
-    before, after = points[later - 1], points[later]
-    share = (limit - before["cpu"]) / (after["cpu"] - before["cpu"])
-    return (1 - share) * measure.values(run, before) + share * measure.values(run, after)
+    if times[later] == limit:
+        return measure.values(run, points[later])
+    share = (limit - times[later - 1]) / (times[later] - times[later - 1])
+    before, after = (measure.values(run, points[k]) for k in (later - 1, later))
+    return (1 - share) * before + share * after
 
 
 # -- summaries ----------------------------------------------------------------------------------
@@ -227,11 +236,12 @@ def summary(matrix: Matrix, runs: Runs, methods: Mapping[str, Method], measures:
 
 def machines(runs: Runs) -> list[Results]:
     """Where the good lines were made: processor, threads, versions, dates, commits, hours."""
-    found: dict[tuple[str, str], Results] = {}
+    found: dict[Any, Results] = {}
     for line in (line for line in runs.lines if "result" in line):
         made = line["made"]
-        new = {"cpu": made["cpu"], "threads": made["threads"], "versions": made["versions"]}
-        here = found.setdefault((made["cpu"], made["threads"]), new | {"dates": [], "commits": [], "hours": 0.0})
+        new = {name: made.get(name) for name in ("gpu", "cpu", "threads", "versions")}
+        key = made.get("gpu") or (made["cpu"], made["threads"])
+        here = found.setdefault(key, new | {"dates": [], "commits": [], "hours": 0.0})
         here["dates"] = sorted({*here["dates"], made["date"][:10]})
         here["commits"] = sorted({*here["commits"], str(made["commit"])})
         here["hours"] = round(here["hours"] + made["seconds"] / 3600, 2)
@@ -273,10 +283,11 @@ def row(measure: Measure, entry: Entry) -> Results:
     """One method."""
     ends = [final(measure, run) for run in entry.runs.values()]
     mean, half = interval(ends)
-    sound = [run for run in [*entry.runs.values(), *entry.every] if not run["diverged"]]
-    speeds = [run["points"][-1]["tokens"] / run["points"][-1]["cpu"] for run in sound]
+    sound = [run for run in entry.runs.values() if not run["diverged"]]
+    seconds = [entry.cpu(run, run["points"][-1]["step"]) for run in sound]
     first = next(iter(entry.runs.values()))
-    memory = entry.memory or {}
+    memory = (entry.memory or {}) | {"allocated": max((run["allocated"] for run in sound), default=0) or float("nan")}
+    steps = first["points"][-1]["step"] if first["points"] else 0
     return {
         "tried": {f"{lr:g}": measure.sign * value for lr, value in entry.tuned.tried.items()},
         "lr": min(entry.tuned.tried, key=entry.tuned.tried.__getitem__),
@@ -285,22 +296,23 @@ def row(measure: Measure, entry: Entry) -> Results:
         "ends": ends,
         "mean": mean,
         "half": half,
-        "cpu_seconds": float(np.median([run["points"][-1]["cpu"] for run in sound])) if sound else float("nan"),
-        "tokens_per_cpu_second": float(np.median(speeds)) if speeds else float("nan"),
-        "curve": curve(measure, list(entry.runs.values())),
+        "cpu_seconds": float(np.median(seconds)) if seconds else float("nan"),
+        "tokens_per_cpu_second": entry.cost["tokens"] * steps / np.median(seconds) if seconds and entry.cost else NAN,
+        "curve": curve(measure, entry),
         "share": first.get("selection", {}).get("share"),
-        "memory": {name: memory.get(name, float("nan")) for name in ("peak", "natural", "state", "weights")},
+        "memory": {name: memory.get(name, NAN) for name in ("peak", "natural", "state", "weights", "allocated")},
     }
 
 
-def curve(measure: Measure, runs: list[Results]) -> list[list[float]]:
+def curve(measure: Measure, entry: Entry) -> list[list[float]]:
     """Step, mean CPU seconds and mean measure of the runs at every evaluation that all of them have."""
-    length = min(len(run["points"]) for run in runs)
+    runs = list(entry.runs.values())
     lines = []
-    for k in range(length):
+    for k in range(min(len(run["points"]) for run in runs)):
         points = [run["points"][k] for run in runs]
         values = [measure.values(run, point).mean() for run, point in zip(runs, points, strict=True)]
-        lines.append([points[0]["step"], float(np.mean([p["cpu"] for p in points])), float(np.mean(values))])
+        seconds = [entry.cpu(run, point["step"]) for run, point in zip(runs, points, strict=True)]
+        lines.append([points[0]["step"], float(np.mean(seconds)), float(np.mean(values))])
     return lines
 
 
@@ -320,6 +332,7 @@ def within(measure: Measure, found: dict[str, Entry], ours: list[str], peer: str
 def methods_table(data: Results, digits: int = 3) -> str:
     """A row for every method, the best one first."""
     head = ["method", "lr", "seeds", data["measure"], "CPU s", "tokens / CPU s", "x AdamW", "peak MB", "state MB"]
+    head.append("peak MB, GPU")
     rows = sorted(data["methods"].items(), key=lambda item: data["sign"] * item[1]["mean"])
     return markdown(head, [_methods_row(name, entry, digits) for name, entry in rows])
 
@@ -337,6 +350,7 @@ def _methods_row(name: str, entry: Results, digits: int) -> list[str]:
         number(entry["speed"], 2),
         number(entry["memory"]["peak"] / MB, 0),
         number(entry["memory"]["state"] / MB, 1),
+        number(entry["memory"]["allocated"] / MB, 0),
     ]
 
 
@@ -400,7 +414,7 @@ def missing_text(results: Results) -> str:
 def machines_text(results: Results) -> str:
     """Where the runs were made."""
     parts = [
-        f"{m['cpu']}, OMP_NUM_THREADS {m['threads']}, PyTorch {m['versions'].get('torch')}, "
+        f"{m['gpu'] or m['cpu'] + ', OMP_NUM_THREADS ' + m['threads']}, PyTorch {m['versions'].get('torch')}, "
         f"transformers {m['versions'].get('transformers')}, {', '.join(m['dates'])}, {m['hours']:.1f} h"
         for m in results["machines"]
     ]

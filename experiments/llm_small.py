@@ -21,7 +21,7 @@ from experiments.llm_batches import FIXED, Batch, Task, cosine, token_losses
 from experiments.llm_files import cached, cached_arrays, lines, read
 
 VOCABULARY, WINDOW = 2048, 128  # tokens
-WINDOWS, HELD_OUT = 8, 128  # windows a step, and held out
+WINDOWS, HELD_OUT, EVAL_WINDOWS = 8, 128, 32  # windows a step, held out, and at a time when evaluating
 SMALL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 BASE = {"steps": 1500, "lr": 3e-3}  # of the training on reviews before the speeches
 SETTINGS = {"vocabulary": VOCABULARY, "window": WINDOW, "windows": WINDOWS, "held_out": HELD_OUT} | SMALL
@@ -130,7 +130,7 @@ def task(
         model(seed),
         (),
         [windows(train, order[k * WINDOWS : (k + 1) * WINDOWS]) for k in range(steps)],
-        [windows(held_out, held[k : k + WINDOWS]) for k in range(0, len(held), WINDOWS)],
+        [windows(held_out, held[k : k + EVAL_WINDOWS]) for k in range(0, len(held), EVAL_WINDOWS)],
         token_losses,
         {"weights": [WINDOW - 1] * len(held)},
         partial(cosine, steps=steps),

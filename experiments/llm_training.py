@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """One run: the training loop that all methods share, and the pass that measures memory.
 
-The seed decides the batches and their order, so that the methods see the same ones. CPU seconds are those of the
-process in the steps alone (batches are made before, evaluations are not counted). Memory is counted in a pass of its
-own, since counting slows a run down: the bytes of every live tensor after each operation.
+The seed decides the batches and their order, so that the methods see the same ones. Training runs on a CUDA device
+multiply float32 matrices in TF32. CPU seconds are those of the process in a few steps on a CPU (batches are made
+before). Memory is counted in a pass of its own on a CPU, since counting slows a run down: the bytes of every live
+tensor after each operation. Of a run on a CUDA device the most that PyTorch had allocated is noted as well.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from experiments.llm_batches import Batch, Task
-from experiments.llm_common import MEMORY, START, Unit
-from experiments.llm_methods import SHORT, Method
+from experiments.llm_common import COST, CPU, MEMORY, START, Unit
+from experiments.llm_methods import SHORT, Method, layers
 from experiments.llm_tasks import make
 from llm import BlockLLM
 
@@ -29,6 +30,7 @@ EVALUATIONS = 5  # of a run, at equal distances
 FEW = 25  # steps; shorter runs are evaluated at the end only
 MEMORY_STEPS = 2 * SHORT + 1  # the first choice, two censuses, and a step after each
 HEAVY_STEPS = SHORT  # at the worst place, a census among them
+COST_STEPS = 9  # that are timed, after one that warms up
 
 Results = dict[str, Any]
 
@@ -49,31 +51,44 @@ def train(task: Task, method: Method, lr: float, seed: int) -> Results:
     Returns
     -------
     dict
-        ``points``: for every evaluation ``step``, ``cpu`` seconds and ``tokens`` so far, the mean loss of training
-        since the one before (``train``), and :func:`score`; ``cpu_steps``; ``diverged``: whether a loss was not
-        finite, which ends the run; the truth of the task; ``selection`` (BlockLLM).
+        ``points``: for every evaluation ``step``, ``tokens`` so far, the mean loss of training since the one before
+        (``train``), and :func:`score`; ``seconds`` of all steps; ``diverged``: whether a loss was not finite, which
+        ends the run; the truth of the task; ``allocated``: bytes at most in the steps, on a CUDA device;
+        ``selection`` (BlockLLM).
     """
     model, optimizer = method.build(task.model, lr, seed, task.head)
     torch.manual_seed(seed)
     stops = evaluated(len(task.batches))
-    cpu: list[float] = []
+    seconds = 0.0
+    allocated = 0
     losses: list[float] = []
     points: list[Results] = []
     for step, batch in enumerate(task.batches, 1):
-        began = time.process_time()
+        began = time.perf_counter()
         losses.append(update(model, optimizer, batch, lr * task.rate(step)))
-        cpu.append(time.process_time() - began)
+        seconds += time.perf_counter() - began
         if not math.isfinite(losses[-1]):
             break
         if step in stops:
+            allocated = max(allocated, _allocated())
             tokens = sum(b.tokens for b in task.batches[:step])
             since = losses[points[-1]["step"] if points else 0 :]
-            point = {"step": step, "cpu": round(sum(cpu), 2), "tokens": tokens, "train": _mean(since)}
+            point = {"step": step, "tokens": tokens, "train": _mean(since)}
             points.append(point | score(task, model))
-            print(f"  step {step}: {points[-1]['value']:.4f}, {points[-1]['cpu']:.0f} CPU s", flush=True)
+            print(f"  step {step}: {points[-1]['value']:.4f}, {seconds:.0f} s", flush=True)
+            _allocated()
     diverged = not math.isfinite(losses[-1])
-    result = {"points": points, "cpu_steps": [round(s, 3) for s in cpu], "diverged": diverged}
+    result = {"points": points, "seconds": round(seconds, 2), "diverged": diverged, "allocated": allocated}
     return result | task.truth | _selection(optimizer)
+
+
+def _allocated() -> int:
+    """The most bytes that PyTorch had allocated on the CUDA device since the last question; 0 without a device."""
+    if not torch.cuda.is_available():
+        return 0
+    found = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return found
 
 
 def _mean(values: list[float]) -> float:
@@ -131,6 +146,33 @@ def score(task: Task, model: nn.Module) -> Results:
 def start(task: Task) -> Results:
     """The model before training."""
     return {"points": [{"step": 0, "cpu": 0.0, "tokens": 0} | score(task, task.model)]} | task.truth
+
+
+# -- CPU seconds --------------------------------------------------------------------------------
+
+
+def cost(task: Task, method: Method, lr: float, seed: int) -> Results:
+    """CPU seconds of a few steps.
+
+    Returns
+    -------
+    dict
+        ``step`` and ``switch``: CPU seconds of a mean step and of what a switch adds; ``tokens`` of a mean step.
+    """
+    model, optimizer = method.with_timed_periods().build(task.model, lr, seed, task.head)
+    torch.manual_seed(seed)
+    batch = sorted(task.batches, key=lambda b: b.inputs["input_ids"].numel())[len(task.batches) // 2]
+    seconds: list[float] = []
+    for _ in range(1 + (len(layers(model)) if method.kind == "badam" else COST_STEPS)):
+        began = time.process_time()
+        if not math.isfinite(update(model, optimizer, batch, lr)):
+            raise ValueError(f"the loss must be finite while time is measured; lower the rate {lr:g}")
+        seconds.append(time.process_time() - began)
+    switched = {s["step"] for s in optimizer.report()["history"]} if isinstance(optimizer, BlockLLM) else set()
+    plain = [s for k, s in enumerate(seconds[1:], 2) if k not in switched]
+    others = [s for k, s in enumerate(seconds[1:], 2) if k in switched]
+    step = sum(plain) / len(plain)
+    return {"step": step, "switch": sum(others) / len(others) - step if others else 0.0, "tokens": batch.tokens}
 
 
 # -- memory -------------------------------------------------------------------------------------
@@ -261,9 +303,25 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
 def carry_out(unit: Unit, methods: Mapping[str, Method]) -> Results:
     """The result of a unit."""
     task = make(unit.data, unit.seed, max(1, unit.steps))
+    if unit.device != CPU:
+        _allocated()
+        task = moved(task, unit.device)
     if unit.kind == START:
         return start(task)
     method = methods[unit.method]
+    if unit.kind == COST:
+        return cost(task, method, method.grid[0], unit.seed)
     if unit.kind == MEMORY:
         return measure(task, method, method.grid[0], unit.seed)
     return train(task, method, unit.lr, unit.seed)
+
+
+def moved(task: Task, device: str) -> Task:
+    """The task on a device."""
+    torch.set_float32_matmul_precision("high")
+
+    def there(batch: Batch) -> Batch:
+        return Batch({name: value.to(device) for name, value in batch.inputs.items()}, batch.tokens)
+
+    batches, held_out = ([there(batch) for batch in part] for part in (task.batches, task.held_out))
+    return task._replace(model=task.model.to(device), batches=batches, held_out=held_out)

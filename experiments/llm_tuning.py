@@ -20,9 +20,10 @@ from experiments.llm_batches import FIXED, IGNORED, WARM_UP, Batch, Task, consta
 from experiments.llm_files import cached, cached_arrays, lines, read
 
 CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", "{answer}<|im_end|>"
-ROWS, LENGTH = 4, 128  # sequences a step, and tokens of the longest
+ROWS, LENGTH = 8, 128  # sequences a step, and tokens of the longest
 PROMPT = 48  # tokens of the longest prompt of LIMA, so that an answer is left
-HELD_OUT = 32  # sequences
+EVAL_ROWS = 32  # sequences at a time when evaluating
+HELD_OUT = 128  # sequences
 SETTINGS = {"rows": ROWS, "length": LENGTH, "held_out": HELD_OUT, "warm_up": WARM_UP, "prompt": PROMPT}
 
 Text = list[tuple[str, str]]
@@ -129,7 +130,7 @@ def task(name: str, texts: Callable[[], Text], cut: bool, seed: int, steps: int)
         model,
         (),
         in_order(rest, seed, steps),
-        [padded(held[k : k + ROWS]) for k in range(0, HELD_OUT, ROWS)],
+        [padded(held[k : k + EVAL_ROWS]) for k in range(0, HELD_OUT, EVAL_ROWS)],
         token_losses,
         {"weights": [len(row.ids) - max(row.prompt, 1) for row in held]},
         constant,

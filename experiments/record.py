@@ -53,11 +53,14 @@ def record(name: str, module: ModuleType, quick: bool) -> list[Path]:
     results = module.run(quick)
     entry["seconds"] = round(time.perf_counter() - started, 1)
     entry["load_average_after"] = load_average()
-    pictures = {f"{stem}{'-' * bool(s)}{s}.png": figure for s, figure in results.pop("pictures", {}).items()}
+    pictures = {f"{stem}{'-' * bool(s)}{s}.png": picture for s, picture in results.pop("pictures", {}).items()}
     entry["pictures"] = sorted(pictures)
     entry["results"] = results
-    for file, figure in pictures.items():
-        figure.savefig(folder / file, dpi=144)
+    for file, picture in pictures.items():
+        if isinstance(picture, bytes):  # a PNG as it is
+            (folder / file).write_bytes(picture)
+        else:
+            picture.savefig(folder / file, dpi=144)
     (folder / f"{stem}.json").write_text(to_json(entry), encoding="utf-8")
     return [folder / f"{stem}.json", *(folder / file for file in pictures)]
 

@@ -137,6 +137,13 @@ def test_wrong_options_return_two(saved, options, message):
     assert message in done.stderr
 
 
+def test_the_problem_is_not_overwritten(saved):
+    file = saved(Q=np.eye(2), total=1.0)
+    done = run.invoke(cli.app, ["solve", file, "--out", file])
+    assert done.exit_code == 2
+    assert "is read and would be overwritten" in done.stderr
+
+
 def test_a_missing_file_is_named():
     done = run.invoke(cli.app, ["solve", "nowhere.npz"])
     assert done.exit_code == 2

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import bcd
 import experiments
 from bcd import _compiled
-from experiments import data, engine_speed, paper_rates, record, rules_svm, tables, timing
+from experiments import data, engine_speed, front_page, paper_rates, record, rules_svm, tables, timing
 from experiments.__main__ import app
 from experiments.figures import panels
 
@@ -115,6 +115,20 @@ def test_a_full_run_is_recorded(toy, tmp_path):
     entry = json.loads(paths[0].read_text())
     assert entry.keys() >= KEYS
     assert entry["results"] == {"quick": False, "numbers": [0, 1, 2]}
+
+
+def test_a_picture_may_come_as_a_png(toy, tmp_path):
+    toy.run = lambda quick: {"pictures": {"": b"png"}}
+    _, picture = record.record("toy", toy, quick=False)
+    assert picture.read_bytes() == b"png"
+
+
+def test_a_script_of_the_gallery_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(front_page, "FOLDER", tmp_path / "experiments")
+    (tmp_path / "docs" / "gallery").mkdir(parents=True)
+    (tmp_path / "docs" / "gallery" / "broken.py").write_text("raise ValueError('what happened')")
+    with pytest.raises(RuntimeError, match=r"broken.py failed: ValueError: what happened"):
+        front_page.carry_out("broken")
 
 
 def test_a_quick_run_leaves_the_results_alone(toy, tmp_path):

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import json
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import odd_units
 import pytest
 from scipy import stats
 from sklearn.metrics import matthews_corrcoef
@@ -31,9 +33,9 @@ from experiments import (  # noqa: E402
     llm_tuning,
 )
 from experiments.llm_batches import Batch, Task  # noqa: E402
-from experiments.llm_common import MEMORY, START, TRAIN, Matrix, Runs, Unit, run_missing  # noqa: E402
+from experiments.llm_common import COST, MEMORY, START, TRAIN, Matrix, Runs, Unit, run_missing  # noqa: E402
 from experiments.llm_methods import BUILDERS, PACKAGES, Method, layers, low_rank_groups  # noqa: E402
-from experiments.llm_report import ACCURACY, LOSS, MATTHEWS, at_cpu, interval, paired, summary  # noqa: E402
+from experiments.llm_report import ACCURACY, LOSS, MATTHEWS, Entry, at_cpu, interval, paired, summary  # noqa: E402
 from experiments.llm_training import LiveBytes, carry_out, evaluated, measure, state_bytes, train  # noqa: E402
 from experiments.llm_tuning import Sequence, padded  # noqa: E402
 
@@ -128,7 +130,8 @@ def test_the_order_of_units(tmp_path):
     matrix, runs = toy_matrix(), Runs(tmp_path / "runs.jsonl")
     names = [(u.kind, u.data, u.method, u.lr) for u in matrix.missing(runs)]
     assert names[:3] == [(START, "a", "", 0.0), (TRAIN, "a", "x", 2.0), (TRAIN, "a", "y", 2.0)]
-    assert names.index((TRAIN, "a", "y", 4.0)) < names.index((MEMORY, "a", "x", 0.0)) < names.index((START, "b", "", 0))
+    assert names.index((TRAIN, "a", "y", 4.0)) < names.index((COST, "a", "x", 0.0)) < names.index((START, "b", "", 0))
+    assert names.index((COST, "a", "y", 0.0)) < names.index((MEMORY, "a", "x", 0.0))
     assert [name[2] for name in names].index("z") > names.index((MEMORY, "b", "y", 0.0))
     assert not any(unit.seed for unit in matrix.missing(runs))  # the best rate is not known
 
@@ -152,16 +155,38 @@ def test_a_grid_grows_once_where_its_end_is_best(tmp_path, losses, more):
     assert matrix.tuned(runs, "a", "x")[1:] == ([], more, True)
 
 
+def instead_of_processes(monkeypatch, result):
+    """Units end at once with what ``result`` gives; returns those that ran, and at most how many at a time."""
+    ran, most, running = [], [0], []
+
+    class Pool:
+        def submit(self, call, name, unit):
+            ran.append(unit)
+            running.append(unit)
+            most[0] = max(most[0], len(running))
+            return unit
+
+        def shutdown(self, **options):
+            assert not running
+
+    def outcome(unit):
+        running.remove(unit)
+        return {"made": {"seconds": 7.0}} | result(unit)
+
+    monkeypatch.setattr(llm_common, "processes", lambda workers: Pool())
+    monkeypatch.setattr(llm_common, "wait", lambda running, **options: SimpleNamespace(done=list(running)[:1]))
+    monkeypatch.setattr(llm_common, "outcome", outcome)
+    monkeypatch.setattr(Unit, "exception", lambda unit: None, raising=False)
+    return ran, most
+
+
 def test_everything_runs_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    ran = []
+    def result(unit):
+        if unit.kind == MEMORY and unit.method == "y":
+            return {"error": "no memory"}
+        return {"result": {"loss": abs(unit.lr - 2) + 0.1}}
 
-    def fake(module, unit):
-        ran.append(unit)
-        if unit.kind == MEMORY and unit.method == "y" and len(ran) < 100:
-            return {"made": {"seconds": 1.0}, "error": "no memory"}
-        return {"made": {"seconds": 1.0}, "result": {"loss": abs(unit.lr - 2) + 0.1}}
-
-    monkeypatch.setattr(llm_common, "in_a_process", fake)
+    ran, most = instead_of_processes(monkeypatch, result)
     matrix, path = toy_matrix(), tmp_path / "runs.jsonl"
     run_missing(matrix, Runs(path), minutes=None, only=("train a x",))
     assert {unit.method for unit in ran} == {"x"}
@@ -172,22 +197,31 @@ def test_everything_runs_once_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     assert [(unit.kind, unit.method) for unit in left] == [(MEMORY, "y")] * 2  # failed: not tried again at once
     run_missing(matrix, Runs(path))
     assert len(ran) == len(set(ran)) + 2
+    assert most == [1]
     changed = replace(matrix, settings=lambda unit: {"option": 2})
     assert len(changed.missing(Runs(path))) > 15
 
 
+def test_several_at_a_time_but_alone_on_the_cpu(tmp_path, monkeypatch):
+    _ran, most = instead_of_processes(monkeypatch, lambda unit: {"result": {"loss": abs(unit.lr - 2)}})
+    matrix = toy_matrix()
+    monkeypatch.setenv("LLM_DEVICE", "cuda")
+    run_missing(matrix, Runs(tmp_path / "runs.jsonl"), workers=3)
+    assert most == [3]
+    monkeypatch.delenv("LLM_DEVICE")
+    assert not matrix.missing(Runs(tmp_path / "runs.jsonl"))  # where they ran does not matter
+    most[0] = 0
+    run_missing(matrix, Runs(tmp_path / "others.jsonl"), workers=3)
+    assert most == [1]
+
+
 def test_no_unit_begins_that_would_not_end_in_time(tmp_path, monkeypatch):
-    ran = []
-    monkeypatch.setattr(
-        llm_common,
-        "in_a_process",
-        lambda module, unit: ran.append(unit) or {"made": {"seconds": 7.0}, "result": {"loss": 1.0}},
-    )
+    ran, _ = instead_of_processes(monkeypatch, lambda unit: {"result": {"loss": 1.0}})
     runs = Runs(tmp_path / "runs.jsonl")
     run_missing(toy_matrix(), runs, minutes=0)
     assert not ran
     run_missing(toy_matrix(), runs, minutes=0.1)  # 6 seconds: only what is expected to take 5
-    assert {unit.kind for unit in ran} == {START, MEMORY}
+    assert {unit.kind for unit in ran} == {START, MEMORY, COST}
 
 
 def test_times_of_runs_come_from_the_same_method_first(tmp_path):
@@ -200,41 +234,53 @@ def test_times_of_runs_come_from_the_same_method_first(tmp_path):
     assert runs.seconds(unit._replace(steps=50)) is None
 
 
-def test_a_unit_in_a_process_hands_its_result_over(tmp_path, monkeypatch):
+def test_a_worker_hands_its_result_over(monkeypatch):
     monkeypatch.setitem(sys.modules, "experiments.toy", SimpleNamespace(work=lambda unit: {"seen": unit.name}))
-    out = tmp_path / "out.json"
-    llm_common.main("toy", json.dumps(Unit(TRAIN, "a", "x", 1.0, 0, 5)._asdict()), str(out))
-    assert json.loads(out.read_text()) == {"seen": "train a x, lr 1, seed 0"}
-
-
-def test_a_unit_that_fails_says_why():
-    found = llm_common.in_a_process("no_such_experiment", Unit(START, "a"))
-    assert "no_such_experiment" in found["error"]
+    future = Future()
+    future.set_result(llm_common.carry("toy", Unit(TRAIN, "a", "x", 1.0, 0, 5)))
+    found = llm_common.outcome(future)
+    assert found["result"] == {"seen": "train a x, lr 1, seed 0"}
     assert found["made"]["seconds"] >= 0
-    assert "result" not in found
 
 
-def test_sigterm_ends_the_process_of_a_unit(monkeypatch):
+def test_a_unit_that_fails_says_why(tmp_path):
+    runs = Runs(tmp_path / "runs.jsonl")
+    run_missing(toy_matrix(name="no_such_experiment"), runs, only=("start a",))
+    assert "no_such_experiment" in runs.lines[0]["error"]
+    assert "result" not in runs.lines[0]
+
+
+def test_a_process_that_dies_costs_its_unit_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(llm_common, "carry", odd_units.die_once)
+    monkeypatch.setenv("ODD_UNITS", str(tmp_path / "died"))
+    runs = Runs(tmp_path / "runs.jsonl")
+    run_missing(toy_matrix(), runs, only=("start",))
+    assert "terminated abruptly" in runs.lines[0]["error"]
+    assert runs.lines[1]["result"] == {"loss": 1.0}
+
+
+def test_sigterm_ends_the_process_of_a_unit(monkeypatch, tmp_path):
     """Nothing is left running when a benchmark is ended from outside."""
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    real, started = subprocess.Popen, []
-
-    def popen(*args, **options):
-        started.append(real(command, **options))
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        return started[0]
-
-    monkeypatch.setattr(llm_common.subprocess, "Popen", popen)
+    monkeypatch.setattr(llm_common, "carry", odd_units.sleep)
+    timer = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
     with pytest.raises(SystemExit), llm_common.sigterm_as_exit():
-        llm_common.in_a_process("toy", Unit(START, "a"))
-    assert started[0].wait(10) < 0
+        run_missing(toy_matrix(), Runs(tmp_path / "runs.jsonl"))
+    for child in multiprocessing.active_children():
+        child.join(10)
+    assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_minutes_from_the_environment(monkeypatch):
     monkeypatch.setenv("LLM_MINUTES", "2.5")
     monkeypatch.setenv("LLM_ONLY", "gsm8k;LoRA")
-    assert llm_common.from_environment() == (2.5, ("gsm8k", "LoRA"))
+    assert llm_common.from_environment() == (2.5, ("gsm8k", "LoRA"), 1)
+    monkeypatch.setenv("LLM_WORKERS", "8")
+    assert llm_common.from_environment()[2] == 8
+    monkeypatch.setenv("LLM_WORKERS", "many")
+    with pytest.raises(ValueError, match=r"LLM_WORKERS.*'many'"):
+        llm_common.from_environment()
     monkeypatch.setenv("LLM_MINUTES", "soon")
     with pytest.raises(ValueError, match=r"LLM_MINUTES.*'soon'"):
         llm_common.from_environment()
@@ -294,12 +340,15 @@ def test_accuracy_and_matthews():
 
 
 def test_values_between_evaluations():
-    points = [{"cpu": 10.0, "losses": [4.0, 8.0]}, {"cpu": 20.0, "losses": [2.0, 4.0]}]
-    run = {"weights": [1, 1], "points": points}
-    assert at_cpu(LOSS, run, 15.0) == pytest.approx([3.0, 6.0])
-    assert at_cpu(LOSS, run, 20.0) == pytest.approx([2.0, 4.0])
-    assert at_cpu(LOSS, run, None) == pytest.approx([2.0, 4.0])
-    assert at_cpu(LOSS, run, 5.0) is None
+    points = [{"step": 4, "losses": [4.0, 8.0]}, {"step": 8, "losses": [2.0, 4.0]}]
+    run = {"weights": [1, 1], "points": points, "selection": {"switches": [1, 6]}}
+    entry = Entry(None, {0: run}, None, {"step": 2.0, "switch": 2.0})
+    assert [entry.cpu(run, step) for step in (4, 8)] == [10.0, 20.0]
+    assert at_cpu(LOSS, entry, run, 15.0) == pytest.approx([3.0, 6.0])
+    assert at_cpu(LOSS, entry, run, 20.0) == pytest.approx([2.0, 4.0])
+    assert at_cpu(LOSS, entry, run, None) == pytest.approx([2.0, 4.0])
+    assert at_cpu(LOSS, entry, run, 5.0) is None
+    assert at_cpu(LOSS, entry._replace(cost=None), run, 15.0) is None  # its time is not known
 
 
 # -- methods ------------------------------------------------------------------------------------
@@ -327,7 +376,7 @@ def test_every_method_trains(kind, capfd):
     first = train(toy_task(25), method, 1e-2, 3)
     assert first["points"][-1]["value"] < first["points"][0]["value"] < math.log(64) + 0.2
     assert not first["diverged"]
-    assert len(first["cpu_steps"]) == 25
+    assert first["seconds"] > 0
     second = train(toy_task(25), method, 1e-2, 3)
     assert second["points"][-1]["losses"] == pytest.approx(first["points"][-1]["losses"], abs=2e-3)
 
@@ -386,7 +435,7 @@ def test_a_loss_that_is_not_finite_ends_a_run(capfd):
     task = toy_task(30)
     found = train(task, Method("blockllm", (), {"budget": 0.3}), math.inf, 0)
     assert found["diverged"]
-    assert len(found["cpu_steps"]) < 30
+    assert len(found["points"]) < 5
     assert llm_report.final(LOSS, found) == math.inf
 
 
@@ -470,7 +519,7 @@ def test_losses_of_rows_are_those_of_the_model():
 
 def test_batches_are_those_of_the_seed():
     rows = [Sequence(np.arange(2 + k % 5), 1) for k in range(40)]
-    first, same, other = (llm_tuning.in_order(rows, seed, 10) for seed in (0, 0, 1))
+    first, same, other = (llm_tuning.in_order(rows, seed, 5) for seed in (0, 0, 1))
     ids = [[b.inputs["input_ids"].shape for b in batches] for batches in (first, same, other)]
     assert ids[0] == ids[1] != ids[2]
     assert sum(b.tokens for b in first) == sum(len(row.ids) for row in rows)  # every row once
@@ -536,14 +585,15 @@ def synthetic(which, path, methods, missing=lambda unit: False):
             rank = list(methods).index(unit.method) if unit.method else 0
             level = 2.0 + 0.1 * rank
             points = [
-                {"step": s, "cpu": s * (1.0 + rank), "tokens": 100 * s}
-                | outcome(unit.data, level + 1 / s + noise[unit.seed], rank)
+                {"step": s, "tokens": 100 * s} | outcome(unit.data, level + 1 / s + noise[unit.seed], rank)
                 for s in (10, 20, 30)
             ]
-            result = {"points": points, "cpu_steps": [1.0], "diverged": unit.method == "GaLore r64" and unit.lr > 5e-4}
+            result = {"points": points, "allocated": 10**9, "diverged": unit.method == "GaLore r64" and unit.lr > 5e-4}
             result |= {"weights": [4] * 8, "labels": "01010101", "selection": {"share": 0.04}}
             if unit.kind == MEMORY:
                 result = {"peak": 1e9 + 1e7 * rank, "natural": 1e9, "state": 1e6 + rank, "weights": 1}
+            if unit.kind == COST:
+                result = {"step": 1.0 + rank, "switch": 0.5, "tokens": 100}
             made = {"seconds": 1.0, "cpu": "c", "threads": "2", "versions": {}, "date": "2026-01-01", "commit": "a"}
             line = {"unit": unit._asdict(), "settings": which.settings(unit), "made": made, "result": result}
             runs.append(line)
@@ -651,3 +701,4 @@ def test_a_unit_is_carried_out(monkeypatch, capfd):
     assert carry_out(Unit(START, "toy"), methods)["points"][0]["step"] == 0
     assert carry_out(Unit(TRAIN, "toy", "AdamW", 1e-3, 0, 4), methods)["points"][0]["step"] == 4
     assert carry_out(Unit(MEMORY, "toy", "AdamW", 0.0, 0, 4), methods)["peak"] > 0
+    assert carry_out(Unit(COST, "toy", "AdamW", 0.0, 0, 4), methods)["step"] > 0

@@ -285,6 +285,8 @@ def test_wrong_files_are_one_sentence_and_exit_code_two(data, tmp_path):
     for words, message in [
         (["train", broken], "broken, line 2: found '2;1'; needs index:value"),
         (["train", tmp_path / "missing"], "missing: no such file"),
+        (["train", data(), data()], "is read and would be overwritten"),
+        (["predict", data(), broken, broken], "is read and would be overwritten"),
         (["train", data(y=X[:, 0], name="reals")], "classes must be integers; found"),
         (["train", data(y=np.ones(150), name="ones")], "at least two classes"),
         (["predict", data(), tmp_path / "missing"], "missing: no such file"),
