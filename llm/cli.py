@@ -129,13 +129,20 @@ def finetune(
 
 def _check_alone(ctx: typer.Context) -> None:
     """Settings come from the run that is resumed."""
-    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    other = sorted(given - {"resume", "time_limit", "as_json"})
+    other = _given(ctx) - {"resume", "time_limit", "as_json"}
     if other:
-        names = {"options": "--set", "rename": "--label"}
-        found = ", ".join(names.get(name, "--" + name.replace("_", "-")) for name in other)
-        raise ValueError(f"--resume goes on with the settings of the run; drop {found}")
+        raise ValueError(f"--resume goes on with the settings of the run; drop {_spelled(other)}")
+
+
+def _given(ctx: typer.Context) -> set[str]:
+    """Parameters that the command line names."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _spelled(params: set[str]) -> str:
+    names = {"options": "--set", "rename": "--label"}
+    return ", ".join(names.get(name, "--" + name.replace("_", "-")) for name in sorted(params))
 
 
 def _told(summary: dict[str, Any], folder: Path | None) -> str:
@@ -169,35 +176,67 @@ def _exp(loss: float) -> str:
 
 @app.command("eval", no_args_is_help=True)
 def evaluate(
+    ctx: typer.Context,
     model: ModelName = None,
     data: Data = None,
+    tasks: Annotated[str | None, typer.Option(help="Benchmarks of lm-eval instead: arc_easy,hellaswag.")] = None,
     classify: Annotated[bool, typer.Option(help="Tell the label of every row; default: loss and perplexity.")] = False,
     delta: Annotated[Path | None, typer.Option(help="Put this delta on the model first.")] = None,
     template: Template = None,
     rename: Labels = None,
-    limit: Annotated[int | None, typer.Option(help="The first so many examples only.", min=1)] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with more tasks.", show_default=False)] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Solved examples before a question; default: of the task.", min=0)
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="Ask tasks by the chat template.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(help="The first so many examples only (of every task).", min=1, show_default=False)
+    ] = None,
     max_length: MaxLength = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.", min=1)] = 4,
     dtype: Dtype = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Loss and perplexity on a file, or the accuracy of a classification (a classifier, or by scoring label words)."""
+    """Loss and perplexity on a file, the accuracy of a classification (a classifier, or label words), or benchmarks."""
     with _errors():
-        if model is None or data is None:
-            raise ValueError("eval needs --model and --data")
+        if model is None or (data is None) == (tasks is None):
+            raise ValueError("eval needs --model and --data, or --model and --tasks")
+        _check_useful(ctx, "--data" if tasks is None else "--tasks")
         from llm import finetune as runs
 
         words = _pairs("--label", rename)
-        asked = Recipe(model=model, data=data, max_length=max_length, batch_size=batch_size, dtype=dtype).checked()
+        sizes: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "dtype": dtype}
+        asked = Recipe(model=model, data=data or "", **sizes).checked()
         with _console(as_json).status(f"loading {model}"):
             loaded, tokenizer = runs.load(asked.model, asked.dtype, device)
         if delta is not None:
             from llm.delta import apply_delta
 
             apply_delta(loaded, delta)
-        answer = _evaluation(loaded, tokenizer, asked, classify, template, words, limit)
-        print(json.dumps(answer) if as_json else ", ".join(f"{name} {_short(v)}" for name, v in answer.items()))
+        if tasks is not None:
+            options = {"include_path": task_folder, "shots": shots, "chat": chat, "limit": limit}
+            scores = _benchmarks(loaded, tokenizer, asked, tasks, options)
+            print(json.dumps(scores) if as_json else "\n".join(f"{task}: {_listed(s)}" for task, s in scores.items()))
+        else:
+            answer = _evaluation(loaded, tokenizer, asked, classify, template, words, limit)
+            print(json.dumps(answer) if as_json else _listed(answer))
+
+
+def _check_useful(ctx: typer.Context, of: str) -> None:
+    """Some options are for files alone, some for benchmarks."""
+    useless = {"--data": {"task_folder", "shots", "chat"}, "--tasks": {"classify", "template", "rename"}}
+    found = _given(ctx) & useless[of]
+    if found:
+        raise ValueError(f"eval {of} makes no use of {_spelled(found)}")
+
+
+def _benchmarks(model: Any, tokenizer: Any, asked: Recipe, tasks: str, options: dict[str, Any]) -> dict[str, Any]:
+    from llm import benchmarks, evaluate
+
+    length = None if asked.max_length is None else evaluate.fitting_length(model, asked.max_length)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    return benchmarks.run(model, tokenizer, names, batch_size=asked.batch_size, max_length=length, **options)
 
 
 def _evaluation(
@@ -215,6 +254,10 @@ def _evaluation(
     score = evaluate.evaluate(model, examples, batch_size=asked.batch_size, pad=tokenizer.pad_token_id or 0)
     perplexity = score.perplexity if math.isfinite(score.perplexity) else None  # JSON has no infinity
     return {"loss": score.loss, "perplexity": perplexity, "tokens": score.tokens, "examples": score.examples}
+
+
+def _listed(answer: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in answer.items())
 
 
 def _short(value: Any) -> str:
