@@ -42,6 +42,9 @@ METHODS = {
     "GaLore r64": Method("galore", (1e-4, 3e-4, 1e-3), {"rank": 64, "scale": 1.0, "update_proj_gap": 200}),
 }
 EXTRAS = {
+    "BlockLLM rows, bfloat16 moments": Method(
+        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "states": "bf16"}
+    ),
     "BlockLLM rows, root mean squares": Method(
         "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "per_parameter": True}
     ),
