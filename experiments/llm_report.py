@@ -439,7 +439,7 @@ def tables_of(results: Results, digits: int = 3) -> dict[str, str]:
 
 
 def draw(data: Results, title: str, lines: Mapping[str, float] | None = None) -> Figure:
-    """The measure against steps, CPU seconds and peak memory.
+    """The measure against steps, CPU seconds (where any were measured) and peak memory.
 
     Parameters
     ----------
@@ -449,21 +449,23 @@ def draw(data: Results, title: str, lines: Mapping[str, float] | None = None) ->
     lines : mapping of str to float, optional
         Levels to draw across.
     """
-    figure, ((steps, cpu, memory),) = panels(1, 3, 4.6, 4.4)
+    lines_of = {name: np.array(entry["curve"]).reshape(-1, 3) for name, entry in data["methods"].items()}
+    timed = any(np.isfinite(found[:, 1]).any() for found in lines_of.values())
+    figure, (every,) = panels(1, 2 + timed, 4.6, 4.4)
+    steps, *cpu, memory = every
     for k, (name, entry) in enumerate(data["methods"].items()):
-        found = np.array(entry["curve"]).reshape(-1, 3)
-        for axes, column in ((steps, 0), (cpu, 1)):
-            axes.plot(found[:, column], found[:, 2], label=name, marker=".", **style(k))
+        for axes, column in zip((steps, *cpu), (0, 1), strict=False):
+            axes.plot(lines_of[name][:, column], lines_of[name][:, 2], label=name, marker=".", **style(k))
         peak = entry["memory"]["peak"] / MB
         if not np.isnan(peak):
             memory.plot([peak], [entry["mean"]], marker="o", color=style(k)["color"], linestyle="none")
             memory.annotate(name, (peak, entry["mean"]), (4, 3), textcoords="offset points", fontsize=7)
     for name, level in (lines or {}).items():
         _level(steps, name, level)
-    for axes, label in ((steps, "step"), (cpu, "CPU seconds"), (memory, "peak memory, MB")):
+    for axes, label in zip(every, ("step", *["CPU seconds"] * timed, "peak memory, MB"), strict=True):
         tidy(axes, label, data["measure"], title if axes is steps else "", "linear")
     if data["methods"]:
-        figure.legend(*cpu.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+        figure.legend(*steps.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
