@@ -24,6 +24,7 @@ from experiments.tables import markdown
 
 LEVEL = 0.95
 MB = 1e6
+SHOWN = 6  # of what is missing
 NAN = float("nan")
 NOTES = (
     "Mean over the seeds ± half of its 95% t-interval. Differences: ± the wider half interval of two (over held-out "
@@ -406,7 +407,8 @@ def grid_table(data: Results, digits: int = 3) -> str:
 def missing_text(results: Results) -> str:
     """What has not run yet, and what could not."""
     found = results["missing"]
-    text = f"Missing: {'; '.join(found)}.\n" if found else "Nothing is missing.\n"
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    text = f"Missing: {'; '.join(found[:SHOWN])}{more}.\n" if found else "Nothing is missing.\n"
     absent = results["not_installed"]
     return text + (f"Not installed: {', '.join(absent)}.\n" if absent else "")
 
