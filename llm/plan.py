@@ -43,7 +43,7 @@ __all__ = ["PLACES", "Case", "Plan", "fake_model", "plan", "prescribe", "simulat
 
 PLACES = ("bottom", "top", "tables", "tables", "spread")
 TRIES = 4  # runs that look for the largest budget
-CLOSE = 0.98  # share of the memory that is near enough to it
+CLOSE, AIM = 0.98, 0.99  # shares of the memory: near enough to it, and what a guess is to take
 LEAST = 1e-4  # of the parameters: smaller budgets are not tried
 LEFT_OUT = 0.1  # of the rows, at random, where a place comes again
 
@@ -188,7 +188,8 @@ def _approach(peak_at: Callable[[float], Peak], limit: int, share: float, slope:
             break
         if fitting and over is not None:
             slope = (tried[over].total - tried[best].total) / (over - best)
-        guess = min(1.0, max(LEAST, float(f"{best + room / slope - 0.0005 * best:.3g}")))
+        more = (AIM * limit - tried[best].total) / slope
+        guess = min(1.0, max(LEAST, float(f"{best + more:.3g}")))
         if guess in tried:
             break
         tried[guess] = peak_at(guess)
