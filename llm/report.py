@@ -59,18 +59,19 @@ def memory(optimizer: BlockLLM) -> dict[str, int]:
         for cohort in state.get("cohorts", ()):
             masters = cohort["master"].nbytes if "master" in cohort else 0
             bytes_of["masters"] += masters
-            bytes_of["moments"] += sum(t.nbytes for t in _tensors(cohort)) - masters
+            bytes_of["moments"] += sum(t.nbytes for t in tensors_in(cohort)) - masters
         bytes_of["indices"] += state["index"].nbytes if "index" in state else 0
-        bytes_of["shelf"] += sum(t.nbytes for t in _tensors(state.get("shelf", [])))
+        bytes_of["shelf"] += sum(t.nbytes for t in tensors_in(state.get("shelf", [])))
     return bytes_of
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors inside dicts and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner)
+            yield from tensors_in(inner)
 
 
 def plot(optimizer: BlockLLM, path: Any = None) -> Any:

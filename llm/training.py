@@ -25,6 +25,7 @@ from llm.gradients import stored
 from llm.interrupt import Interrupts
 from llm.optimizer import BlockLLM
 from llm.recipe import Recipe
+from llm.report import tensors_in
 from llm.run_folder import RunFolder
 
 __all__ = ["Show", "Training", "log_evaluation", "train"]
@@ -136,7 +137,7 @@ class Training:
                 raise self._not_finite(f"the norm of the gradient is {norm}")
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self._count("optimizer state", _tensors(dict(self.optimizer.state)))
+        self._count("optimizer state", tensors_in(dict(self.optimizer.state)))
         return norm
 
     def _count(self, part: str, tensors: Iterator[Tensor]) -> None:
@@ -186,15 +187,6 @@ class Training:
             torch.cuda.set_rng_state_all(list(tensors["generators"]["cuda"]))
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.peak = state["peak"]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors inside dicts and lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner)
 
 
 # -- the loop ----------------------------------------------------------------------------------------
