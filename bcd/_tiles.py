@@ -25,6 +25,7 @@ def _sparse_row(typingctx: Any, data: Any, indices: Any, start: Any, stop: Any, 
     """Make ``out[:PANEL] = sum over p in start..stop of data[p] * panel[indices[p]]``; panel has shape (d, PANEL)."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        """The instructions, for the array pointers of the call."""
         data_p, indices_p, first, last, panel_p, out_p = (
             context.make_array(t)(context, b, a).data if isinstance(t, types.Array) else a
             for t, a in zip(sig.args, args, strict=True)

@@ -56,6 +56,7 @@ def _first_best(better: str, start: float, value: Any) -> Any:
     @intrinsic
     def scan(typingctx: Any, arrays: Any, scalars: Any, count: Any) -> Any:
         def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            """The instructions, for the array pointers of the call."""
             data = [
                 context.make_array(t)(context, b, a).data
                 for t, a in zip(sig.args[0], cgutils.unpack_tuple(b, args[0]), strict=True)

@@ -681,6 +681,7 @@ class Gram:
         K, rows = np.empty((len(index), len(index)), dtype), self.rows.take(index, dtype)
 
         def use(lo: int, hi: int, a: int, tile: Array) -> None:
+            """Put a tile in its place."""
             K[lo:hi, a : a + tile.shape[1]] = tile
 
         _sweep(self.team, rows, _chunks(rows, rows), use)
@@ -738,6 +739,7 @@ class Gram:
         """Add the product with columns that are not kept yet; keep those with a slot."""
 
         def use(lo: int, hi: int, a: int, tile: Array) -> None:
+            """Add a tile's part of the product, and keep the columns that have a slot."""
             chunk = slice(a, a + tile.shape[1])
             _tiles.add_dots(out[lo:hi], tile, step[chunk])
             kept = np.flatnonzero(slots[chunk] >= 0)
@@ -832,6 +834,7 @@ class Expansion:
         rows = self.rows.like(X)
 
         def use(lo: int, hi: int, a: int, tile: Array) -> None:
+            """Add a tile's part of the product, and keep the columns that have a slot."""
             chunk = slice(a, a + tile.shape[1])
             if self.single is not None:
                 _tiles.add_dots(out[lo:hi, 0], tile, self.single[chunk])

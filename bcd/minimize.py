@@ -373,6 +373,7 @@ def _greedy_burst(rule: Rule, update: Update, Q: np.ndarray) -> Burst:
     work = Q.shape[0] if isinstance(rule, GSq) else 1
 
     def run(at: Point, moves: Moves, state: Any, watch: _Watch) -> Any:
+        """A burst of compiled steps from this point."""
         grad, tol = at.grad, watch.tol if watch.tol_gap is None else 0.0
         watch.undo = slice(None), moves.x.copy()
         room = (grad, moves.x, moves.rise, moves.fall, moves.lower, moves.upper, moves.labels, moves.groups)
@@ -400,6 +401,7 @@ def _greedy_burst(rule: Rule, update: Update, Q: np.ndarray) -> Burst:
 
 def _drawn_burst(kind: int, Q: np.ndarray) -> Burst:
     def run(at: Point, moves: Moves, state: Drawn, watch: _Watch) -> Drawn:
+        """A burst of compiled steps from this point, by drawn pairs."""
         grad, alone = at.grad, len(moves.labels) > 0 and moves.start[-1] > moves.start[-2]
         watch.undo = slice(None), moves.x.copy()
         room = (grad, moves.x, moves.rise, moves.fall, moves.lower, moves.upper, moves.where, moves.start, moves.place)
