@@ -12,14 +12,13 @@ Units, raw results and environment: :mod:`experiments.llm_common`.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
 from experiments.llm_methods import Method
-from experiments.llm_report import LOSS, criterion, draw, summary
-from experiments.llm_training import carry_out
+from experiments.llm_report import LOSS, draw, summary
+from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
 
 TITLE = "Fine-tuning SmolLM2-135M on GSM8K and LIMA against AdamW, LoRA, BAdam, GaLore"
@@ -85,40 +84,22 @@ ALL = METHODS | EXTRAS
 Results = dict[str, Any]
 
 
-def settings(unit: Unit) -> Results:
-    """All that a unit's result depends on besides itself."""
-    return {"task": llm_tasks.SETTINGS[unit.data]} | ({"method": ALL[unit.method].settings()} if unit.method else {})
-
-
 def matrix() -> Matrix:
     """The methods that are installed, on both data sets."""
-    return Matrix(
-        name="llm_finetune",
-        data=DATA,
-        methods=tuple(name for name, method in METHODS.items() if method.installed),
-        extras=tuple(name for name, method in EXTRAS.items() if method.installed),
-        grid=lambda data, method: ALL[method].grid,
-        seeds=dict.fromkeys(DATA, SEEDS),
-        steps=dict.fromkeys(DATA, STEPS),
-        settings=settings,
-        criterion=dict.fromkeys(DATA, criterion(LOSS)),
-        memory=True,
-        expected=dict.fromkeys(DATA, EXPECTED),
+    return matrix_of(
+        "llm_finetune",
+        METHODS,
+        EXTRAS,
+        dict.fromkeys(DATA, STEPS),
+        SEEDS,
+        dict.fromkeys(DATA, LOSS),
+        dict.fromkeys(DATA, EXPECTED),
     )
 
 
 def quick_matrix() -> Matrix:
     """Two methods at one rate for a few steps."""
-    return replace(
-        matrix(),
-        data=DATA[:1],
-        methods=("AdamW", "BlockLLM rows"),
-        extras=(),
-        grid=lambda data, method: ALL[method].grid[1:2],
-        seeds={DATA[0]: SEEDS[:1]},
-        steps={DATA[0]: QUICK_STEPS},
-        memory=False,
-    )
+    return quick_of(matrix(), ("AdamW", "BlockLLM rows"), QUICK_STEPS)
 
 
 def work(unit: Unit) -> Results:

@@ -13,14 +13,13 @@ Units, raw results and environment: :mod:`experiments.llm_common`.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from experiments import llm_report, llm_small, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
 from experiments.llm_methods import Method
-from experiments.llm_report import LOSS, criterion, draw, summary
-from experiments.llm_training import carry_out
+from experiments.llm_report import LOSS, draw, summary
+from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
 
 TITLE = "Pre-training a small Llama on movie reviews against AdamW, GaLore, APOLLO"
@@ -52,39 +51,22 @@ ALL = METHODS | EXTRAS
 Results = dict[str, Any]
 
 
-def settings(unit: Unit) -> Results:
-    """All that a unit's result depends on besides itself."""
-    return {"task": llm_tasks.SETTINGS[unit.data]} | ({"method": ALL[unit.method].settings()} if unit.method else {})
-
-
 def matrix() -> Matrix:
     """The methods that are installed."""
-    return Matrix(
-        name="llm_pretrain",
-        data=DATA,
-        methods=tuple(name for name, method in METHODS.items() if method.installed),
-        extras=tuple(name for name, method in EXTRAS.items() if method.installed),
-        grid=lambda data, method: ALL[method].grid,
-        seeds=dict.fromkeys(DATA, SEEDS),
-        steps=dict.fromkeys(DATA, STEPS),
-        settings=settings,
-        criterion=dict.fromkeys(DATA, criterion(LOSS)),
-        memory=True,
-        expected=dict.fromkeys(DATA, EXPECTED),
+    return matrix_of(
+        "llm_pretrain",
+        METHODS,
+        EXTRAS,
+        dict.fromkeys(DATA, STEPS),
+        SEEDS,
+        dict.fromkeys(DATA, LOSS),
+        dict.fromkeys(DATA, EXPECTED),
     )
 
 
 def quick_matrix() -> Matrix:
     """Two methods at one rate for a few steps."""
-    return replace(
-        matrix(),
-        methods=("AdamW", "BlockLLM 20%, sign"),
-        extras=(),
-        grid=lambda data, method: ALL[method].grid[1:2],
-        seeds={DATA[0]: SEEDS[:1]},
-        steps={DATA[0]: QUICK_STEPS},
-        memory=False,
-    )
+    return quick_of(matrix(), ("AdamW", "BlockLLM 20%, sign"), QUICK_STEPS)
 
 
 def work(unit: Unit) -> Results:

@@ -13,6 +13,7 @@ import math
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from experiments import llm_tasks
 from experiments.llm_batches import Batch, Task
-from experiments.llm_common import COST, CPU, MEMORY, START, Unit
+from experiments.llm_common import COST, CPU, MEMORY, START, Matrix, Unit
 from experiments.llm_methods import SHORT, Method, layers
-from experiments.llm_tasks import make
+from experiments.llm_report import Measure, criterion
 from llm import BlockLLM
 
 EVALUATIONS = 5  # of a run, at equal distances
@@ -297,12 +299,59 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
     return {storage._cdata: storage.nbytes() for storage in found}
 
 
-# -- units --------------------------------------------------------------------------------------
+# -- matrices and units -------------------------------------------------------------------------
+
+
+def matrix_of(
+    name: str,
+    methods: Mapping[str, Method],
+    extras: Mapping[str, Method],
+    steps: Mapping[str, int],
+    seeds: tuple[int, ...],
+    measures: Mapping[str, Measure],
+    expected: Mapping[str, float],
+) -> Matrix:
+    """Those of the methods that are installed, on the data sets of ``steps``; arguments as of :class:`Matrix`."""
+    every = {**methods, **extras}
+
+    def settings(unit: Unit) -> Results:
+        """All that a unit's result depends on besides itself."""
+        own = {"method": every[unit.method].settings()} if unit.method else {}
+        return {"task": llm_tasks.SETTINGS[unit.data]} | own
+
+    return Matrix(
+        name=name,
+        data=tuple(steps),
+        methods=tuple(name for name, method in methods.items() if method.installed),
+        extras=tuple(name for name, method in extras.items() if method.installed),
+        grid=lambda data, method: every[method].grid,
+        seeds=dict.fromkeys(steps, seeds),
+        steps=steps,
+        settings=settings,
+        criterion={data: criterion(measure) for data, measure in measures.items()},
+        memory=True,
+        expected=expected,
+    )
+
+
+def quick_of(which: Matrix, methods: tuple[str, ...], steps: int) -> Matrix:
+    """These methods at their middle rate for a few steps, on the first data set and seed."""
+    data = which.data[0]
+    return replace(
+        which,
+        data=(data,),
+        methods=methods,
+        extras=(),
+        grid=lambda data, method: which.grid(data, method)[1:2],
+        seeds={data: which.seeds[data][:1]},
+        steps={data: steps},
+        memory=False,
+    )
 
 
 def carry_out(unit: Unit, methods: Mapping[str, Method]) -> Results:
     """The result of a unit."""
-    task = make(unit.data, unit.seed, max(1, unit.steps))
+    task = llm_tasks.make(unit.data, unit.seed, max(1, unit.steps))
     if unit.device != CPU:
         _allocated()
         task = moved(task, unit.device)
