@@ -36,6 +36,9 @@ def run(
         paths = record.record(name, module, quick)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        typer.echo("interrupted; training runs that had finished are kept", err=True)
+        raise typer.Exit(130) from None
     for path in paths:
         typer.echo(path)
 
