@@ -50,6 +50,12 @@ EXTRAS = {
     "BlockLLM rows, every 25, moments kept": Method(
         "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "switch_every": 25, "moments": "keep"}
     ),
+    "BlockLLM rows, every 25, no visits": Method(
+        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "switch_every": 25, "visit_power": 0.0}
+    ),
+    "BlockLLM rows, chosen once": Method(
+        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "switch_every": None}
+    ),
     "BlockLLM rows, frozen table": Method(
         "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "embeddings": "never"}
     ),
