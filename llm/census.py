@@ -3,7 +3,9 @@
 
 For a slice b with gradient g_b the census stores ``||G~_b||^2``, where G~ is the gradient itself (``score="grad"``)
 or Adam's direction (``score="adam"``): ``m^ / (sqrt(v^) + eps)`` where there are moments, else ``g / (|g| + eps)``.
-A post-accumulate hook hands in one tensor's gradient at a time and frees it afterwards.
+With ``score="l1"`` it stores ``||g_b||_1``: what a step of length 1 in the max-norm promises, and Adam's steps are
+nearly of one length in every entry. A post-accumulate hook hands in one tensor's gradient at a time and frees it
+afterwards.
 
 For single entries it also stores a histogram of |G~| per tensor. A bin holds the floats that agree in sign, exponent
 and four bits of the fraction, so that bins are log-spaced (1/16 apart) and their numbers are ordered like the values.
@@ -49,8 +51,8 @@ class Census:
 
     Attributes
     ----------
-    squares : dict of int to Tensor of float32, shape (slices,)
-        By position: the square of the norm of G~ on every slice.
+    sums : dict of int to Tensor of float32, shape (slices,)
+        By position: the sum over every slice of the squares of G~, or of the absolute values of g ("l1").
     counts : dict of int to Tensor of int64, shape (BINS,)
         By position: the histogram of |G~|; only with ``entries``.
     age : dict of int to int
@@ -63,7 +65,7 @@ class Census:
 
     def __init__(self, blocks: Blocks, score: str) -> None:
         self.blocks, self.score, self.entries = blocks, score, blocks.granularity == "entries"
-        self.squares: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, Tensor] = {}
         self.age: dict[int, int] = {}
         self.turns: set[int] = set()
@@ -82,7 +84,7 @@ class Census:
         """
         self.age = {position: age + 1 for position, age in self.age.items()} if probe else {}
         if not probe:
-            self.squares, self.counts = {}, {}
+            self.sums, self.counts = {}, {}
         order = [k for k in idle if k >= self.turn] + [k for k in idle if k < self.turn]
         turns = order[: -(-len(order) // PROBED)] if probe else order
         self.turn = turns[-1] + 1 if turns else self.turn
@@ -117,21 +119,21 @@ class Census:
         self.enter(position, *self._reduced(position, grad, part, cohorts or [], hyper))
 
     def enter(self, position: int, new: Tensor, counts: Tensor | None = None, *, more: bool = False) -> None:
-        """Take over squares (and counts) of a parameter, unless an earlier gradient of the window gave finite ones.
+        """Take over sums (and counts) of a parameter, unless an earlier gradient of the window gave finite ones.
 
         Parameters
         ----------
         position : int
         new, counts : Tensor
-            As in :attr:`squares` and :attr:`counts`.
+            As in :attr:`sums` and :attr:`counts`.
         more : bool
             They are of a part of this gradient, and will be entered again.
         """
         if position in self._seen:
-            keep = self.squares[position].isfinite().all()
-            new = torch.where(keep, self.squares[position], new)
+            keep = self.sums[position].isfinite().all()
+            new = torch.where(keep, self.sums[position], new)
             counts = counts if counts is None else torch.where(keep, self.counts[position], counts)
-        self.squares[position], self.age[position] = new, 0
+        self.sums[position], self.age[position] = new, 0
         if counts is not None:
             self.counts[position] = counts
         if not more:
@@ -142,71 +144,83 @@ class Census:
         return position in self._seen
 
     def of_rows(self, grad: Tensor, hyper: Hyper) -> Tensor:
-        """Squares of a few rows without moments: float32 of shape (rows,)."""
-        return self._processed(grad, hyper).square().sum(1)
+        """Sums of a few rows without moments: float32 of shape (rows,)."""
+        return self._terms(self._processed(grad, hyper)).sum(1)
 
     def correct_rows(self, position: int, grad: Tensor, part: Part, cohorts: list[Cohort], hyper: Hyper) -> None:
         """Score active rows by their moments, from the gradient of these rows in the order of the part."""
         if self.score == "adam":
             where = part.where.long()
-            squares = self.of_rows(grad, hyper)
+            sums = self.of_rows(grad, hyper)
             inside = part.at(torch.arange(part.count, device=grad.device))
-            self._correct(squares, squares.new_zeros(0, dtype=torch.int64), grad, inside, cohorts, hyper)
-            self.squares[position][where] = squares
+            self._correct(sums, sums.new_zeros(0, dtype=torch.int64), grad, inside, cohorts, hyper)
+            self.sums[position][where] = sums
 
     def _reduced(
         self, position: int, grad: Tensor, part: Part | None, cohorts: list[Cohort], hyper: Hyper
     ) -> tuple[Tensor, Tensor | None]:
         unit = self.blocks.units[position]
-        squares = grad.new_zeros(self.blocks.slices(position), dtype=torch.float32)
+        sums = grad.new_zeros(self.blocks.slices(position), dtype=torch.float32)
         counts = grad.new_zeros(BINS if self.entries else 0, dtype=torch.int64)
         entries = grad.reshape(-1)
         for a, b in _pieces(entries.numel(), unit):
             piece = self._processed(entries[a:b], hyper)
-            sums = piece.square().view(-1, min(unit, b - a)).sum(1)
-            squares[a // unit : a // unit + len(sums)] += sums
+            found = self._terms(piece).view(-1, min(unit, b - a)).sum(1)
+            sums[a // unit : a // unit + len(found)] += found
             if self.entries:
                 counts += _bins(piece.abs())
         if self.score == "adam" and part is not None:
-            self._correct(squares, counts, grad, part, cohorts, hyper)
-        return squares, counts if self.entries else None
+            self._correct(sums, counts, grad, part, cohorts, hyper)
+        return sums, counts if self.entries else None
 
     def _processed(self, grad: Tensor, hyper: Hyper) -> Tensor:
         grad = grad.float()
         return first_direction(grad, hyper.eps) if self.score == "adam" else grad
 
+    def _terms(self, processed: Tensor) -> Tensor:
+        """What is summed over a slice."""
+        return processed.abs() if self.score == "l1" else processed.square()
+
     def _correct(
-        self, squares: Tensor, counts: Tensor, grad: Tensor, part: Part, cohorts: list[Cohort], hyper: Hyper
+        self, sums: Tensor, counts: Tensor, grad: Tensor, part: Part, cohorts: list[Cohort], hyper: Hyper
     ) -> None:
         """Replace what was counted for entries that have moments by Adam's direction there."""
-        unit = grad.numel() // len(squares)
+        unit = grad.numel() // len(sums)
         for a, b, direction, where, raw in active_directions(grad, part, cohorts, hyper):
             naive = first_direction(raw, hyper.eps).float()
             gain = (direction.float().square() - naive.square()).view(-1, min(part.unit, b - a)).sum(1)
             if isinstance(where, slice):
-                squares[where.start // unit] += gain[0]
+                sums[where.start // unit] += gain[0]
             else:
-                squares.index_add_(0, where.long() * part.unit // unit, gain)
+                sums.index_add_(0, where.long() * part.unit // unit, gain)
             if self.entries:
                 counts += _bins(direction.abs()) - _bins(naive.abs())
-        squares.clamp_(min=0)
+        sums.clamp_(min=0)
 
     def norms(self) -> Tensor:
-        """``||G~||`` of every parameter, float32 of shape (parameters,) on the CPU; 0 where nothing was seen."""
+        """Scores of every parameter as if it were a block, float32 of shape (parameters,) on the CPU."""
         every = range(len(self.blocks.names))
-        known = {p: self._aged(p).sum().sqrt().cpu() for p in self.squares}
-        return torch.stack([known.get(p, torch.zeros(())) for p in every])
+        known = {p: self._aged(p).sum().cpu() for p in self.sums}
+        total = torch.stack([known.get(p, torch.zeros(())) for p in every])
+        return self._as_score(total, torch.tensor(self.blocks.sizes))
 
     def scores(self) -> Tensor:
-        """``||G~_b||`` of every block, float32 of shape (blocks,) on the CPU; 0 where nothing was seen."""
+        """Scores of all blocks, float32 of shape (blocks,) on the CPU; 0 where nothing was seen.
+
+        ``||G~_b||``, or ``||g_b||_1 / sqrt(|b|)`` ("l1"), which is the same where all entries are equally large.
+        """
         total = torch.zeros(len(self.blocks.cost))
-        for position in self.squares:
-            first, squares = self.blocks.first[position], self._aged(position).cpu()
-            total[first : first + len(squares)] += squares
-        return total.sqrt()
+        for position in self.sums:
+            first, sums = self.blocks.first[position], self._aged(position).cpu()
+            total[first : first + len(sums)] += sums
+        return self._as_score(total, self.blocks.cost)
+
+    def _as_score(self, sums: Tensor, size: Tensor) -> Tensor:
+        return sums / size.clamp(min=1).sqrt() if self.score == "l1" else sums.sqrt()
 
     def _aged(self, position: int) -> Tensor:
-        return self.squares[position] * AGEING ** (2 * self.age[position])
+        power = 1 if self.score == "l1" else 2
+        return self.sums[position] * AGEING ** (power * self.age[position])
 
     def histogram(self, position: int) -> Tensor:
         """Counts of |G~| of a parameter, on the CPU; every entry in the lowest bin where nothing was seen."""
@@ -218,18 +232,18 @@ class Census:
 
     def not_finite(self) -> list[str]:
         """Names of parameters with a NaN or infinity in their gradient."""
-        largest = [squares.max() for squares in self.squares.values()]
+        largest = [sums.max() for sums in self.sums.values()]
         if not largest or bool(torch.stack([value.to(largest[0].device) for value in largest]).isfinite().all()):
             return []  # one question to the device, not one for every parameter
-        return [self.blocks.names[p] for p, squares in self.squares.items() if not bool(squares.isfinite().all())]
+        return [self.blocks.names[p] for p, sums in self.sums.items() if not bool(sums.isfinite().all())]
 
     def state_dict(self) -> dict[str, Any]:
         """Scores, ages and turns (a census is taken within one step, so that nothing else outlives it)."""
-        return {"squares": dict(self.squares), "age": dict(self.age), "turns": sorted(self.turns), "turn": self.turn}
+        return {"sums": dict(self.sums), "age": dict(self.age), "turns": sorted(self.turns), "turn": self.turn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
-        self.squares, self.age = dict(state["squares"]), dict(state["age"])
+        self.sums, self.age = dict(state["sums"]), dict(state["age"])
         self.turns, self.turn = set(state["turns"]), state["turn"]
         self.counts, self._seen = {}, set()
 

@@ -65,14 +65,15 @@ class BlockLLM(torch.optim.Optimizer):
         Switch after so many steps. None (and patience None): never after the first choice.
     rule : {"greedy", "cyclic", "random", "half", "importance", "full"} or BlockRule
         :mod:`bcd.budget` describes them; "full" is plain AdamW on everything.
-    score : {"grad", "adam"}
-        Norm of the gradient, or of Adam's direction. Entries without moments have the direction ``g / (|g| + eps)``, so
-        that "adam" prefers large blocks without moments to all others.
+    score : {"grad", "l1", "adam"}
+        Norm of the gradient; its L1-norm over the root of the block's size (with ``per_parameter``: the mean of |g|);
+        or the norm of Adam's direction. Entries without moments have the direction ``g / (|g| + eps)``, so that "adam"
+        prefers large blocks without moments to all others.
     visit_power : float
         Scores are divided by (visit frequency)^visit_power. Greedy rule; for rows and entries with ``reach``, visits
         of tensors.
     per_parameter : bool
-        Divide scores by the size of the block. Greedy rule.
+        Divide scores by the root of the size of the block. Greedy rule.
     mask : bool
         A tensor (or layer) that does not fit in what is left of the budget is active in part, in the entries with
         the largest gradient; False: it is passed over.
@@ -362,13 +363,13 @@ class BlockLLM(torch.optim.Optimizer):
         param, hyper = self.param(position), self._hyper(position)
         count, step = len(param), max(1, SURVEYED // param.shape[1])
         places = (slice(a, min(a + step, count)) for a in range(0, count, step))
-        squares = torch.cat([self.census.of_rows(gradient(place), hyper) for place in places])
-        self.census.enter(position, squares, more=more)
+        sums = torch.cat([self.census.of_rows(gradient(place), hyper) for place in places])
+        self.census.enter(position, sums, more=more)
         self._by_rows.add(position)
         if isinstance(param.grad, CompactGrad) and self.parts is None:
             param.grad.active.add_(gradient(param.grad.part.where))
         elif self.parts is None:
-            part = self._chosen_so_far(position, squares)
+            part = self._chosen_so_far(position, sums)
             param.grad = None if part is None else CompactGrad(gradient(part.where).to(param.dtype), part, param.shape)
 
     @torch.no_grad()
@@ -376,9 +377,9 @@ class BlockLLM(torch.optim.Optimizer):
         """Score rows of a token table; ``others``: what its head had there."""
         param, first = self.param(position), not self.census.seen(position)
         total = grad if others is None else others + grad
-        old = self.census.squares[position] if others is not None else grad.new_zeros(len(param), dtype=torch.float32)
-        squares = old.index_copy(0, rows.long(), self.census.of_rows(total, self._hyper(position)))
-        self.census.enter(position, squares)
+        old = self.census.sums[position] if others is not None else grad.new_zeros(len(param), dtype=torch.float32)
+        sums = old.index_copy(0, rows.long(), self.census.of_rows(total, self._hyper(position)))
+        self.census.enter(position, sums)
         self._by_rows.add(position)
         if self.parts is None and first:
             param.grad = replace_rows(param, rows, total.to(param.dtype))
@@ -424,13 +425,13 @@ class BlockLLM(torch.optim.Optimizer):
             narrow(params[position], parts[position])
         return parts
 
-    def _chosen_so_far(self, position: int, squares: Tensor) -> Part | None:
+    def _chosen_so_far(self, position: int, sums: Tensor) -> Part | None:
         """First window: what of a parameter would be chosen now; the worst row where gradients are not finite."""
         unit, kind = self.blocks.units[position], index_dtype(self.blocks.sizes[position])
         if self.census.not_finite():
-            return Part(unit, 1, squares.argmax().view(1).to(kind))
+            return Part(unit, 1, sums.argmax().view(1).to(kind))
         part = self._narrow_all()[position]
-        return part if part is None else part.at(part.where.to(squares.device))
+        return part if part is None else part.at(part.where.to(sums.device))
 
     # -- the step ----------------------------------------------------------------------------------
 
@@ -494,7 +495,7 @@ class BlockLLM(torch.optim.Optimizer):
     def _score_late_gradients(self) -> None:
         """First window: gradients that no hook saw, because they were set by hand or tensors were replaced."""
         for position, p in enumerate(self._params()):
-            if p.grad is not None and position not in self.census.squares and position not in self._chooser.never:
+            if p.grad is not None and position not in self.census.sums and position not in self._chooser.never:
                 self.census.add(position, p.grad, hyper=self._hyper(position))
 
     def _update_all(self) -> None:

@@ -347,7 +347,7 @@ class _Prescribed(Chooser):
         """As the parent's; entries have numbers already, where it would look at the gradient to say which."""
         turn = len(self.history)
         place, last = (self.places[k % len(self.places)] for k in (turn, turn - 1))
-        seen = set(census.squares) if self.rule.scored else set(range(len(self.blocks.sizes)))
+        seen = set(census.sums) if self.rule.scored else set(range(len(self.blocks.sizes)))
         parts, state = super().choose(_MadeUp(self.blocks, place, seen, turn, place == last and turn > 0), state)
         return _numbered(parts, self.blocks), state
 

@@ -15,7 +15,7 @@ __all__ = ["RULES", "Settings", "resolve_block_rule"]
 
 RULES = (*BLOCK_RULES, "full")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "score": ("grad", "adam"),
+    "score": ("grad", "l1", "adam"),
     "census": ("stream", "probe"),
     "moments": ("reset", "offload", "keep"),
     "embeddings": ("auto", "always", "never", "compete"),

@@ -12,6 +12,7 @@ from llm.adam import Hyper, adam_direction  # noqa: E402
 from llm.blocks import Blocks  # noqa: E402
 from llm.census import BINS, Census, entry_counts  # noqa: E402
 from llm.compact import Part  # noqa: E402
+from llm.settings import resolve_block_rule  # noqa: E402
 
 HYPER = Hyper(1.0, 0.9, 0.99, 1e-8, 0.0)
 
@@ -51,13 +52,58 @@ def test_scores_are_the_norms_of_the_whole_gradient(granularity, chunk):
     torch.testing.assert_close(found.norms(), torch.stack([grad.norm() for grad in grads]))
 
 
-def test_scores_of_slices_larger_than_a_piece(monkeypatch):
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "rows"])
+def test_l1_scores_are_sums_of_absolute_values(granularity, chunk):
+    """Over the root of the size, so that the greedy rule per parameter goes by their mean."""
+    model = net()
+    batch = batches(1)[0]
+    grads = dense_gradients(model, batch)
+    optimizer = BlockLLM(model, granularity=granularity, score="l1", per_parameter=True)
+    loss_of(model, batch).backward()
+    blocks, found = optimizer.blocks, optimizer.census
+    total = torch.zeros(len(blocks.cost))
+    for position, grad in enumerate(grads):
+        rows = grad.reshape(-1, blocks.units[position]).abs().sum(1)
+        total[blocks.first[position] : blocks.first[position] + len(rows)] += rows
+    torch.testing.assert_close(found.scores(), total / blocks.cost.sqrt())
+    torch.testing.assert_close(found.norms(), torch.stack([grad.abs().sum() / grad.numel() ** 0.5 for grad in grads]))
+    rule = resolve_block_rule("greedy", 1.0, True)
+    priority = rule.priority(found.scores(), blocks.cost, rule.init(blocks.cost, 0))
+    torch.testing.assert_close(priority, total / blocks.cost)
+
+
+def test_l1_takes_the_block_with_the_most_descent_of_equal_steps():
+    """Two rows with the same norm: the one whose gradient is spread out."""
+    model = torch.nn.Linear(4, 2, bias=False)
+    optimizer = BlockLLM(model, 0.1, budget=4, granularity="rows", score="l1")
+    (model.weight * torch.tensor([[2.0, 0, 0, 0], [1.0, 1, 1, 1]])).sum().backward()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert (model.weight != before).any(1).tolist() == [False, True]
+
+
+def test_l1_scores_age_like_norms():
+    blocks = Blocks.of(["a", "b"], [torch.Size([4]), torch.Size([4])], "tensor")
+    grad = torch.tensor([1.0, -2.0, 3.0, 0.0])
+    found = [Census(blocks, score) for score in ("grad", "l1")]
+    before = []
+    for one in found:
+        one.add(0, grad, hyper=HYPER)
+        before.append(one.scores())
+        one.begin([1], probe=True)
+    for one, score in zip(found, before, strict=True):
+        torch.testing.assert_close(one.scores(), score * census.AGEING)
+
+
+@pytest.mark.parametrize("score", ["grad", "l1"])
+def test_scores_of_slices_larger_than_a_piece(score, monkeypatch):
     monkeypatch.setattr(census, "CHUNK", 4)
     blocks = Blocks.of(["experts"], [torch.Size([3, 2, 5])], "tensor")
     grad = torch.randn(3, 2, 5)
-    found = Census(blocks, "grad")
+    found = Census(blocks, score)
     found.add(0, grad, hyper=HYPER)
-    torch.testing.assert_close(found.scores(), grad.flatten(1).norm(dim=1))
+    flat = grad.flatten(1)
+    torch.testing.assert_close(found.scores(), flat.norm(dim=1) if score == "grad" else flat.abs().sum(1) / 10**0.5)
 
 
 @pytest.mark.parametrize("unit", [1, 6, 30])

@@ -29,7 +29,7 @@ def there(data):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way.values())))
-@pytest.mark.parametrize("score", ["grad", "adam"])
+@pytest.mark.parametrize("score", ["grad", "l1", "adam"])
 def test_it_chooses_and_trains_as_on_a_cpu(way, score):
     found = {}
     for device in ("cpu", "cuda"):

@@ -16,6 +16,7 @@ CONFIGURATIONS = {
     "tensors in part": {"granularity": "tensor"},
     "layers": {"granularity": "layer"},
     "adam scores": {"granularity": "rows", "score": "adam", "reach": None},
+    "scores in the L1-norm": {"granularity": "rows", "score": "l1", "per_parameter": True, "census": "probe"},
     "adam scores of entries": {"granularity": "entries", "score": "adam"},
     "cyclic": {"rule": "cyclic", "granularity": "layer"},
     "random, stochastic": {"rule": "random", "granularity": "rows", "states": "8bit"},

@@ -175,7 +175,7 @@ def test_a_census_sees_whole_gradients():
         census = optimizer.census_on
         loss_of(model, step).backward()
         if census:
-            names = [optimizer.blocks.names[k] for k in optimizer.census.squares]
+            names = [optimizer.blocks.names[k] for k in optimizer.census.sums]
             assert set(names) == set(optimizer.blocks.names)
         optimizer.step()
         optimizer.zero_grad()
@@ -272,14 +272,14 @@ def scored(params, model: nn.Module, score: str) -> list[dict[str, torch.Tensor]
         for part in range(2):
             loss_of(model, 2 * step + part).backward()
         if optimizer.census_on:
-            found.append({optimizer.blocks.names[k]: s.clone() for k, s in optimizer.census.squares.items()})
+            found.append({optimizer.blocks.names[k]: s.clone() for k, s in optimizer.census.sums.items()})
         optimizer.step()
         optimizer.zero_grad()
     optimizer.close()
     return found
 
 
-@pytest.mark.parametrize("score", ["grad", "adam"])
+@pytest.mark.parametrize("score", ["grad", "l1", "adam"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("surveyed", [40, 1 << 20])
@@ -307,7 +307,7 @@ def test_a_census_takes_whole_gradients_of_what_is_used_outside_of_its_module_as
         plain = copy.deepcopy(model).requires_grad_()
         loss(plain).backward()
         loss(model).backward()
-        squares = optimizer.census.squares[optimizer.blocks.names.index("down.weight")]
+        squares = optimizer.census.sums[optimizer.blocks.names.index("down.weight")]
         optimizer.step()
         optimizer.zero_grad()
     torch.testing.assert_close(squares, plain.down.weight.grad.square().sum(1))
