@@ -214,7 +214,7 @@ def _layers(model: nn.Module) -> tuple[list[int], list[str]]:
 _ADAMW = frozenset({"betas", "eps"})
 _BLOCK = frozenset(inspect.signature(BlockLLM).parameters) - {"params", "lr", "weight_decay", "model", "budget"}
 METHODS = {
-    "blockllm": Method(_blockllm, 2e-4, _BLOCK),
+    "blockllm": Method(_blockllm, 5e-4, _BLOCK),
     "adamw": Method(_adamw, 5e-5, _ADAMW),
     "lora": Method(_lora, 1e-3, _ADAMW | {"rank", "alpha", "dropout", "targets"}),
     "badam": Method(_badam, 1e-4, _BLOCK),

@@ -130,7 +130,7 @@ class BlockLLM(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 2e-4,
+        lr: float = 5e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
