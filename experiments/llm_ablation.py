@@ -52,6 +52,8 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"ramp": 30},
     {"score": "adam"},
     {"per_parameter": True},
+    {"score": "l1", "per_parameter": True},
+    {"rule": "random"},
     {"visit_power": 0.0},
     {"visit_power": 2.0},
     {"reach": 1.0},

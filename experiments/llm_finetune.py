@@ -27,7 +27,7 @@ SEED = SEEDS[0]
 DATA = ("gsm8k", "lima")
 STEPS, QUICK_STEPS = 120, 3
 EXPECTED = 40.0  # seconds of a run on a GPU where nothing is known yet
-OURS_GRID = (2e-4, 5e-4, 1e-3)
+OURS_GRID = (3e-4, 5e-4, 1e-3)
 FULL_GRID = (3e-5, 1e-4, 3e-4)
 BARS = {"adamw": 0.02, "peer": 0.0, "speed": 1.3}
 
@@ -35,7 +35,7 @@ METHODS = {
     "AdamW": Method("adamw", FULL_GRID),
     "LoRA r8": Method("lora", (1e-3, 2e-3, 4e-3), {"r": 8, "alpha": 16}),
     "BlockLLM rows": Method("blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05}),
-    "BlockLLM tensors": Method("blockllm", OURS_GRID, {"granularity": "tensor", "budget": 0.05}),
+    "BlockLLM tensors": Method("blockllm", (2e-4, 5e-4, 1e-3), {"granularity": "tensor", "budget": 0.05}),
     "BlockLLM entries": Method("blockllm", OURS_GRID, {"granularity": "entries", "budget": 0.05}),
     "BAdam": Method("badam", (3e-4, 1e-3, 3e-3), {"switch_every": 5}),
     "GaLore r64": Method("galore", (1e-4, 3e-4, 1e-3), {"rank": 64, "scale": 1.0, "update_proj_gap": 200}),
@@ -52,6 +52,14 @@ EXTRAS = {
     ),
     "BlockLLM rows, every 25, no visits": Method(
         "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "switch_every": 25, "visit_power": 0.0}
+    ),
+    "BlockLLM rows, by mean of |g|": Method(
+        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "score": "l1", "per_parameter": True}
+    ),
+    "BlockLLM rows, by mean of |g|, chosen once": Method(
+        "blockllm",
+        OURS_GRID,
+        {"granularity": "rows", "budget": 0.05, "score": "l1", "per_parameter": True, "switch_every": None},
     ),
     "BlockLLM rows, chosen once": Method(
         "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "switch_every": None}

@@ -35,7 +35,9 @@ BAR = -0.5  # points of accuracy
 METHODS = {
     "AdamW": Method("adamw", FULL_GRID),
     "LoRA r8": Method("lora", (3e-4, 1e-3, 3e-3), {"r": 8, "alpha": 16}),
-    "BlockLLM rows": Method("blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05}),
+    "BlockLLM rows": Method(
+        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "score": "l1", "per_parameter": True}
+    ),
     "BlockLLM tensors": Method("blockllm", OURS_GRID, {"granularity": "tensor", "budget": 0.05}),
     "BlockLLM entries": Method("blockllm", OURS_GRID, {"granularity": "entries", "budget": 0.05}),
     "BAdam": Method("badam", OURS_GRID, {"switch_every": 25}),
