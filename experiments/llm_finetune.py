@@ -31,46 +31,31 @@ OURS_GRID = (3e-4, 5e-4, 1e-3)
 FULL_GRID = (3e-5, 1e-4, 3e-4)
 BARS = {"adamw": 0.02, "peer": 0.0, "speed": 1.3}
 
+ROWS = {"granularity": "rows", "budget": 0.05, "score": "l1", "per_parameter": True, "states": "bf16"}
+BY_NORMS = {"granularity": "rows", "budget": 0.05, "switch_every": 100}
+
 METHODS = {
     "AdamW": Method("adamw", FULL_GRID),
     "LoRA r8": Method("lora", (1e-3, 2e-3, 4e-3), {"r": 8, "alpha": 16}),
-    "BlockLLM rows": Method("blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05}),
-    "BlockLLM tensors": Method("blockllm", (2e-4, 5e-4, 1e-3), {"granularity": "tensor", "budget": 0.05}),
-    "BlockLLM entries": Method("blockllm", OURS_GRID, {"granularity": "entries", "budget": 0.05}),
+    "BlockLLM rows": Method("blockllm", OURS_GRID, ROWS),
+    "BlockLLM tensors": Method("blockllm", OURS_GRID, ROWS | {"granularity": "tensor"}),
+    "BlockLLM entries": Method("blockllm", OURS_GRID, ROWS | {"granularity": "entries"}),
     "BAdam": Method("badam", (3e-4, 1e-3, 3e-3), {"switch_every": 5}),
     "GaLore r64": Method("galore", (1e-4, 3e-4, 1e-3), {"rank": 64, "scale": 1.0, "update_proj_gap": 200}),
 }
 EXTRAS = {
-    "BlockLLM rows, bfloat16 moments": Method(
-        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "states": "bf16"}
+    "BlockLLM rows 1%": Method("blockllm", OURS_GRID, ROWS | {"budget": 0.01}),
+    "BlockLLM rows, 8-bit, in backward": Method("blockllm", OURS_GRID, ROWS | {"states": "8bit", "in_backward": True}),
+    "BlockLLM rows, frozen table": Method("blockllm", OURS_GRID, ROWS | {"embeddings": "never"}),
+    "Rows by norms": Method("blockllm", OURS_GRID, BY_NORMS),
+    "Rows by root mean squares": Method("blockllm", OURS_GRID, BY_NORMS | {"per_parameter": True}),
+    "Rows by norms, every 25, moments kept": Method(
+        "blockllm", OURS_GRID, BY_NORMS | {"switch_every": 25, "moments": "keep"}
     ),
-    "BlockLLM rows, root mean squares": Method(
-        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "per_parameter": True}
+    "Rows by norms, every 25, no visits": Method(
+        "blockllm", OURS_GRID, BY_NORMS | {"switch_every": 25, "visit_power": 0.0}
     ),
-    "BlockLLM rows, every 25, moments kept": Method(
-        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "switch_every": 25, "moments": "keep"}
-    ),
-    "BlockLLM rows, every 25, no visits": Method(
-        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "switch_every": 25, "visit_power": 0.0}
-    ),
-    "BlockLLM rows, by mean of |g|": Method(
-        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "score": "l1", "per_parameter": True}
-    ),
-    "BlockLLM rows, by mean of |g|, chosen once": Method(
-        "blockllm",
-        OURS_GRID,
-        {"granularity": "rows", "budget": 0.05, "score": "l1", "per_parameter": True, "switch_every": None},
-    ),
-    "BlockLLM rows, chosen once": Method(
-        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "switch_every": None}
-    ),
-    "BlockLLM rows, frozen table": Method(
-        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "embeddings": "never"}
-    ),
-    "BlockLLM rows 1%": Method("blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.01}),
-    "BlockLLM rows, 8-bit, in backward": Method(
-        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "states": "8bit", "in_backward": True}
-    ),
+    "Tensors by norms": Method("blockllm", (2e-4, 5e-4, 1e-3), BY_NORMS | {"granularity": "tensor"}),
     "BAdam, 25 steps a layer": Method("badam", (3e-4, 1e-3, 3e-3), {"switch_every": 25}),
     "APOLLO r64": Method("apollo", (1e-4, 3e-4, 1e-3), {"rank": 64, "scale": 1.0, "update_proj_gap": 200}),
     "LISA": Method(

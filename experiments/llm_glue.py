@@ -32,14 +32,14 @@ OURS_GRID = (1e-4, 3e-4, 1e-3)
 FULL_GRID = (3e-5, 1e-4, 3e-4)
 BAR = -0.5  # points of accuracy
 
+ROWS = {"granularity": "rows", "budget": 0.05, "score": "l1", "per_parameter": True, "states": "bf16"}
+
 METHODS = {
     "AdamW": Method("adamw", FULL_GRID),
     "LoRA r8": Method("lora", (3e-4, 1e-3, 3e-3), {"r": 8, "alpha": 16}),
-    "BlockLLM rows": Method(
-        "blockllm", OURS_GRID, {"granularity": "rows", "budget": 0.05, "score": "l1", "per_parameter": True}
-    ),
-    "BlockLLM tensors": Method("blockllm", OURS_GRID, {"granularity": "tensor", "budget": 0.05}),
-    "BlockLLM entries": Method("blockllm", OURS_GRID, {"granularity": "entries", "budget": 0.05}),
+    "BlockLLM rows": Method("blockllm", OURS_GRID, ROWS),
+    "BlockLLM tensors": Method("blockllm", OURS_GRID, ROWS | {"granularity": "tensor"}),
+    "BlockLLM entries": Method("blockllm", OURS_GRID, ROWS | {"granularity": "entries"}),
     "BAdam": Method("badam", OURS_GRID, {"switch_every": 25}),
     "GaLore r8": Method("galore", FULL_GRID, {"rank": 8, "scale": 4.0, "update_proj_gap": 200}),
 }

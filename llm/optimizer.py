@@ -138,7 +138,7 @@ class BlockLLM(torch.optim.Optimizer):
         model: nn.Module | None = None,
         budget: Any = None,
         patience: int | None = None,
-        switch_every: int | None = 100,
+        switch_every: int | None = 200,
         rule: Any = "greedy",
         score: str = "grad",
         visit_power: float = 1.0,
