@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments import FOLDER
-from experiments.svm_workers import peak_so_far, reset_peak, resident
+from experiments.svm_workers import reset_peak, resident
 from llm import BlockLLM
 from llm.ledger import Peak, watch
 from llm.plan import PLACES, fake_model, simulate
@@ -308,8 +308,9 @@ def main(text: str) -> None:
     reset_peak()
     before = resident("VmRSS")
     peaks = peaks_of(run, False)
+    grown = resident("VmHWM") - before  # not getrusage, which begins with the peak of the process that started this one
     megabyte = 1 << 20
-    print(json.dumps(largest(peaks) | {"resident": round((peak_so_far() - before) * megabyte)}))
+    print(json.dumps(largest(peaks) | {"resident": round(grown * megabyte)}))
 
 
 if __name__ == "__main__":
