@@ -66,9 +66,9 @@ class BlockLLM(torch.optim.Optimizer):
     rule : {"greedy", "cyclic", "random", "half", "importance", "full"} or BlockRule
         :mod:`bcd.budget` describes them; "full" is plain AdamW on everything.
     score : {"grad", "l1", "adam"}
-        Norm of the gradient; its L1-norm over the root of the block's size (with ``per_parameter``: the mean of |g|);
-        or the norm of Adam's direction. Entries without moments have the direction ``g / (|g| + eps)``, so that "adam"
-        prefers large blocks without moments to all others.
+        Norm of the gradient; its L1-norm over the root of the block's size (with ``per_parameter``: the mean of
+        ``|g|``); or the norm of Adam's direction. Entries without moments have the direction ``g / (|g| + eps)``, so
+        that "adam" prefers large blocks without moments to all others.
     visit_power : float
         Scores are divided by (visit frequency)^visit_power. Greedy rule; for rows and entries with ``reach``, visits
         of tensors.
