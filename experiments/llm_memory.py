@@ -115,7 +115,8 @@ def draw(results: dict[str, Any]) -> Figure:
     axes.set_yscale("linear")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set_xlim(0, 1.08 * max(start))
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     return figure
 
 
@@ -173,5 +174,6 @@ def _measured(models: dict[str, Any]) -> str:
             simulated, real = runs["simulated"]["bytes"], runs["measured"]
             free = _gb(runs["free"]["bytes"]) if "free" in runs else ""
             ratio = f"{real['bytes'] / simulated:.3f}"
-            rows.append([model, name, _gb(simulated), _gb(real["bytes"]), ratio, _gb(real["resident"]), free])
+            grown = _gb(real["resident"]) if "resident" in real else "-"
+            rows.append([model, name, _gb(simulated), _gb(real["bytes"]), ratio, grown, free])
     return markdown([*head, "measured, own choice, GB"], rows)
