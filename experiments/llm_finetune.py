@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
-from experiments.llm_methods import Method
+from experiments.llm_methods import ROWS, Method
 from experiments.llm_report import LOSS, draw, summary
 from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
@@ -31,7 +31,6 @@ OURS_GRID = (3e-4, 5e-4, 1e-3)
 FULL_GRID = (3e-5, 1e-4, 3e-4)
 BARS = {"adamw": 0.02, "peer": 0.0, "speed": 1.3}
 
-ROWS = {"granularity": "rows", "budget": 0.05, "score": "l1", "per_parameter": True, "states": "bf16"}
 BY_NORMS = {"granularity": "rows", "budget": 0.05, "switch_every": 100}
 
 METHODS = {

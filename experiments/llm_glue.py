@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
-from experiments.llm_methods import Method
+from experiments.llm_methods import ROWS, Method
 from experiments.llm_report import ACCURACY, MATTHEWS, draw, summary
 from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
@@ -31,8 +31,6 @@ EXPECTED = {"sst2": 30.0, "cola": 30.0, "rte": 30.0}  # seconds of a run on a GP
 OURS_GRID = (1e-4, 3e-4, 1e-3)
 FULL_GRID = (3e-5, 1e-4, 3e-4)
 BAR = -0.5  # points of accuracy
-
-ROWS = {"granularity": "rows", "budget": 0.05, "score": "l1", "per_parameter": True, "states": "bf16"}
 
 METHODS = {
     "AdamW": Method("adamw", FULL_GRID),

@@ -24,6 +24,13 @@ Built = tuple[nn.Module, torch.optim.Optimizer]
 LAYER = re.compile(r"^(.*\.layers?\.\d+\.)")
 SHORT = 3  # steps between switches while memory is measured
 TIMED = 4  # steps between switches while time is measured
+ROWS = {
+    "granularity": "rows",
+    "budget": 0.05,
+    "score": "l1",
+    "per_parameter": True,
+    "states": "bf16",
+}  # "BlockLLM rows"
 
 
 @dataclass(frozen=True)
