@@ -36,6 +36,15 @@ def dense_gradients(model, batch, forward=loss_of):
     return grads
 
 
+def summed(blocks, grads, term):
+    """By block: the sum of what ``term`` makes of the entries of its gradients."""
+    total = torch.zeros(len(blocks.cost))
+    for position, grad in enumerate(grads):
+        rows = term(grad.reshape(-1, blocks.units[position])).sum(1)
+        total[blocks.first[position] : blocks.first[position] + len(rows)] += rows
+    return total
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "layer", "rows", "entries"])
 def test_scores_are_the_norms_of_the_whole_gradient(granularity, chunk):
     model = net()
@@ -43,12 +52,8 @@ def test_scores_are_the_norms_of_the_whole_gradient(granularity, chunk):
     grads = dense_gradients(model, batch)
     optimizer = BlockLLM(model, granularity=granularity)
     loss_of(model, batch).backward()
-    blocks, found = optimizer.blocks, optimizer.census
-    square = torch.zeros(len(blocks.cost))
-    for position, grad in enumerate(grads):
-        rows = grad.reshape(-1, blocks.units[position]).square().sum(1)
-        square[blocks.first[position] : blocks.first[position] + len(rows)] += rows
-    torch.testing.assert_close(found.scores(), square.sqrt())
+    found = optimizer.census
+    torch.testing.assert_close(found.scores(), summed(optimizer.blocks, grads, torch.square).sqrt())
     torch.testing.assert_close(found.norms(), torch.stack([grad.norm() for grad in grads]))
 
 
@@ -61,10 +66,7 @@ def test_l1_scores_are_sums_of_absolute_values(granularity, chunk):
     optimizer = BlockLLM(model, granularity=granularity, score="l1", per_parameter=True)
     loss_of(model, batch).backward()
     blocks, found = optimizer.blocks, optimizer.census
-    total = torch.zeros(len(blocks.cost))
-    for position, grad in enumerate(grads):
-        rows = grad.reshape(-1, blocks.units[position]).abs().sum(1)
-        total[blocks.first[position] : blocks.first[position] + len(rows)] += rows
+    total = summed(blocks, grads, torch.abs)
     torch.testing.assert_close(found.scores(), total / blocks.cost.sqrt())
     torch.testing.assert_close(found.norms(), torch.stack([grad.abs().sum() / grad.numel() ** 0.5 for grad in grads]))
     rule = resolve_block_rule("greedy", 1.0, True)
