@@ -441,7 +441,7 @@ def tables_of(results: Results, digits: int = 3) -> dict[str, str]:
 
 
 def draw(data: Results, title: str, lines: Mapping[str, float] | None = None) -> Figure:
-    """The measure against steps, CPU seconds (where any were measured) and peak memory.
+    """The measure against steps, CPU seconds (where any were measured) and peak memory, there with numbers for names.
 
     Parameters
     ----------
@@ -457,11 +457,11 @@ def draw(data: Results, title: str, lines: Mapping[str, float] | None = None) ->
     steps, *cpu, memory = every
     for k, (name, entry) in enumerate(data["methods"].items()):
         for axes, column in zip((steps, *cpu), (0, 1), strict=False):
-            axes.plot(lines_of[name][:, column], lines_of[name][:, 2], label=name, marker=".", **style(k))
+            axes.plot(lines_of[name][:, column], lines_of[name][:, 2], label=f"{k + 1} {name}", marker=".", **style(k))
         peak = entry["memory"]["peak"] / MB
         if not np.isnan(peak):
             memory.plot([peak], [entry["mean"]], marker="o", color=style(k)["color"], linestyle="none")
-            memory.annotate(name, (peak, entry["mean"]), (4, 3), textcoords="offset points", fontsize=7)
+            memory.annotate(str(k + 1), (peak, entry["mean"]), (4, 3), textcoords="offset points", fontsize=8)
     for name, level in (lines or {}).items():
         _level(steps, name, level)
     for axes, label in zip(every, ("step", *["CPU seconds"] * timed, "peak memory, MB"), strict=True):

@@ -27,11 +27,13 @@ __all__ = [
     "decode",
     "expand",
     "first_direction",
+    "spectral_direction",
     "state_free_",
     "stochastic_round",
 ]
 
 GROUP = 256  # entries that share a scale in 8-bit states
+NEWTON_SCHULZ = 5  # steps towards the factor of a gradient
 
 
 class Hyper(NamedTuple):
@@ -80,6 +82,33 @@ def state_free_(weight: Tensor, grad: Tensor, kind: str, lr: float) -> None:
     weight.add_(grad.sign() if kind == "sign" else grad, alpha=-lr)
 
 
+def spectral_direction(grad: Tensor) -> Tensor:
+    """Steepest descent in the spectral norm: nearly ``sqrt(max(m, n)) U V'`` of a gradient ``U S V'``.
+
+    Five Newton-Schulz steps with the coefficients of Muon (K. Jordan, 2024; the norm: Bernstein, Newhouse, arXiv
+    2409.20325) bring all but the smallest singular values to between 0.7 and 1.2. The factor gives entries a root mean
+    square of about 1, that of their signs.
+
+    Parameters
+    ----------
+    grad : Tensor, shape (m, n), (k, m, n) for k matrices, or (m, ...) for one matrix of m rows
+
+    Returns
+    -------
+    Tensor
+        Of its shape; in bfloat16 if ``grad`` is that, else in float32 or wider. Zero where ``grad`` is.
+    """
+    matrix = grad if grad.dim() <= 3 else grad.flatten(1)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x if x.dtype == torch.bfloat16 else x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    for _ in range(NEWTON_SCHULZ):
+        square = x @ x.mT
+        x = torch.add(3.4445 * x, torch.add(-4.7750 * square, square @ square, alpha=2.0315) @ x)
+    return (x.mT if tall else x).mul(max(matrix.shape[-2:]) ** 0.5).reshape(grad.shape)
+
+
 def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:
     """Float32 to bfloat16, up or down with probabilities that make the expectation exact.
 
@@ -95,7 +124,9 @@ def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:
         ``value`` itself where bfloat16 can hold it.
     """
     bits = value.contiguous().view(torch.int32)
-    noise = torch.empty_like(bits).random_(0, 1 << 16, generator=generator)
+    words = torch.empty(-(-bits.numel() // 4), dtype=torch.int64, device=bits.device)
+    noise = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)[: bits.numel()]  # four of a word
+    noise = noise.view(bits.shape).to(torch.int32).add_(1 << 15)  # uniform on 0, ..., 65535
     return noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 

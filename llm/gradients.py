@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llm.adam import state_free_
+from llm.adam import spectral_direction, state_free_
 from llm.compact import CompactGrad, Part, flat, pick_largest, restrict
 from llm.moments import CHUNK, round_to, working_dtype
 from llm.patience import LossWatch
@@ -117,6 +117,8 @@ def update_inactive(
     param: Tensor, grad: Tensor, part: Part | None, kind: str, lr: float, generator: torch.Generator
 ) -> None:
     """The state-free update of all entries outside ``part``; uses up ``grad``."""
+    if kind == "spectral":
+        kind, grad = ("sgd", spectral_direction(grad)) if grad.dim() > 1 else ("sign", grad)
     grad = grad.contiguous()
     if part is not None and part.index is not None:
         grad.view(-1, part.unit)[part.index] = 0

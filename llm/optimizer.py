@@ -90,9 +90,12 @@ class BlockLLM(torch.optim.Optimizer):
         What a block is; :mod:`llm.blocks`.
     reach : float, optional
         Rows and entries are chosen inside tensors that together hold so many times the budget; None: in all.
-    inactive : {"freeze", "sign", "sgd"}
+    inactive : {"freeze", "sign", "sgd", "spectral"}
         Update inactive entries as their gradients come, without state: ``w -= inactive_scale * lr * sign(g)``, or
-        ``g``. Every gradient is then computed. Refuses accumulation.
+        ``g``, or, for matrices, the :func:`spectral direction <llm.adam.spectral_direction>` of ``g``, which takes
+        some products of a matrix with itself. Every gradient is then computed. Refuses accumulation. For pre-training,
+        where a token table learns badly by signs: its rows have small gradients in one direction at most steps and a
+        large one in the other at few, so let it be active (``embeddings="always"``).
     inactive_scale : float
         See ``inactive``.
     precision : {"auto", "stochastic", "fp32-active"}
@@ -152,7 +155,7 @@ class BlockLLM(torch.optim.Optimizer):
         granularity: str = "rows",
         reach: float | None = None,
         inactive: str = "freeze",
-        inactive_scale: float = 0.1,
+        inactive_scale: float = 0.25,
         precision: str = "auto",
         states: str = "fp32",
         max_grad_norm: float | None = None,

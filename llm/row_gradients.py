@@ -61,6 +61,26 @@ class RowWatcher(Protocol):
 # -- inputs that are products ----------------------------------------------------------------------
 
 
+_READERS, _OUTPUT = "readers of the product", "the product"  # in a node's metadata
+
+
+def _will_read(node: Any) -> Any:
+    """A multiplication whose output somebody will :func:`_read` in the backward pass."""
+    metadata = _plain_node(node).metadata
+    metadata[_READERS] = metadata.get(_READERS, 0) + 1
+    return node
+
+
+def _read(node: Any, wanted: bool = True) -> Tensor | None:
+    """The output of a multiplication, made again by its first reader and held until the last one has been here."""
+    metadata = _plain_node(node).metadata
+    metadata[_READERS] -= 1
+    output = _product(node) if wanted else None
+    if metadata[_READERS] <= 0:
+        metadata.pop(_OUTPUT, None)
+    return output
+
+
 def _product(node: Any) -> Tensor | None:
     """The output of a multiplication, made again from what autograd holds of it; None if that is not all.
 
@@ -69,9 +89,14 @@ def _product(node: Any) -> Tensor | None:
     node = _plain_node(node)
     if node is None or node.name() != "MulBackward0":
         return None
+    if _OUTPUT in node.metadata:
+        return node.metadata[_OUTPUT]
     held = zip((node._saved_self, node._saved_other), node.next_functions, strict=True)
     first, second = (saved if saved is not None else _product(made_by) for saved, (made_by, _) in held)
-    return None if first is None or second is None else first * second
+    output = None if first is None or second is None else first * second
+    if node.metadata.get(_READERS, 0) > 0:
+        node.metadata[_OUTPUT] = output
+    return output
 
 
 def _is_product(node: Any) -> bool:
@@ -115,7 +140,8 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor | None, rows: Tensor | None, shared: Any
     ) -> Tensor:
         """What the layer computes."""
-        ctx.shared, ctx.made_by = shared, x.grad_fn if _may_look() and _is_product(x.grad_fn) else None
+        ctx.shared = shared
+        ctx.made_by = _will_read(x.grad_fn) if _may_look() and _is_product(x.grad_fn) else None
         ctx.save_for_backward(None if ctx.made_by else x, weight, rows)
         return functional.linear(x, weight, bias)
 
@@ -128,9 +154,10 @@ class _Linear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = functional.linear(grad, weight.t()) if wants_x else None
         grad_bias = flat.sum(0) if wants_bias else None
-        if not (wants_weight or wants_rows):
+        wants = wants_weight or wants_rows
+        x = _read(ctx.made_by, wants) if x is None else x
+        if not wants:
             return grad_x, None, grad_bias, None, None, None
-        x = _product(ctx.made_by) if x is None else x
         x = x.reshape(-1, x.shape[-1])
 
         def gradient(rows: Rows) -> Tensor:
@@ -182,13 +209,13 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, product: Tensor, weight: Tensor, factor: Any) -> Tensor:
         """The product, unchanged."""
-        ctx.product, ctx.factor = product.grad_fn, factor
+        ctx.product, ctx.factor = product.grad_fn, _will_read(factor)
         return product.view_as(product)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Gradients of the product and the weight."""
-        factor: Any = _product(ctx.factor)
+        factor: Any = _read(ctx.factor)
         return grad, (grad * factor).reshape(-1, grad.shape[-1]).sum(0), None
 
 

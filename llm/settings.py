@@ -20,7 +20,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "moments": ("reset", "offload", "keep"),
     "embeddings": ("auto", "always", "never", "compete"),
     "granularity": GRANULARITIES,
-    "inactive": ("freeze", "sign", "sgd"),
+    "inactive": ("freeze", "sign", "sgd", "spectral"),
     "precision": ("auto", "fp32-active", "stochastic"),
     "states": STATES,
 }

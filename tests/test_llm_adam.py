@@ -13,6 +13,7 @@ from llm.adam import (  # noqa: E402
     compand,
     expand,
     first_direction,
+    spectral_direction,
     state_free_,
     stochastic_round,
 )
@@ -58,6 +59,29 @@ def test_updates_without_state():
         weight = torch.ones(3)
         state_free_(weight, torch.tensor([2.0, -3.0, 0.0]), kind, 0.1)
         torch.testing.assert_close(weight, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5), (3, 4, 7), (4, 2, 3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_spectral_direction_keeps_singular_vectors_and_levels_singular_values(shape, dtype):
+    grad = torch.randn(shape, generator=seeded()).to(dtype)
+    found = spectral_direction(grad)
+    assert found.shape == grad.shape
+    assert found.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    matrices = grad.float().reshape(*(shape if len(shape) == 3 else (1, shape[0], -1)))
+    for matrix, direction in zip(matrices, found.float().reshape(matrices.shape), strict=True):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        inside = left.T @ direction @ right.T / max(matrix.shape) ** 0.5
+        near = 0.1 if dtype == torch.bfloat16 else 1e-2
+        assert (inside - inside.diag().diag()).abs().max() < near
+        torch.testing.assert_close(left @ inside @ right * max(matrix.shape) ** 0.5, direction, atol=near * 5, rtol=0)
+        level = inside.diag()[values > 0.02 * values.norm()]
+        assert level.min() > 0.6
+        assert level.max() < 1.3
+
+
+def test_spectral_direction_of_nothing_is_nothing():
+    assert torch.equal(spectral_direction(torch.zeros(3, 4)), torch.zeros(3, 4))
 
 
 def test_stochastic_rounding_is_exact_in_expectation_and_goes_to_neighbours():

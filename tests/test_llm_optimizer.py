@@ -11,6 +11,7 @@ from small_models import TinyLM, batches, changed, copies, loss_of, net, tokens,
 from torch import nn  # noqa: E402
 
 from llm import BlockLLM, CompactGrad  # noqa: E402
+from llm.adam import spectral_direction  # noqa: E402
 
 EVERY = ["tensor", "layer", "rows", "entries"]
 
@@ -392,6 +393,29 @@ def test_update_without_state_reaches_inactive_entries_only():
 
 
 @pytest.mark.parametrize("granularity", EVERY)
+def test_spectral_update_reaches_inactive_entries_only(granularity):
+    """Matrices move by the direction of their whole gradient, vectors by signs."""
+    model = net()
+    options = {"granularity": granularity, "budget": 0.2, "inactive": "spectral", "inactive_scale": 0.5}
+    optimizer = BlockLLM(model, 1e-2, switch_every=None, **options)
+    train(model, optimizer, batches(1))
+    before, moments = copies(model), dense_moments(optimizer)
+    params, loss = list(model.parameters()), loss_of(model, batches(2)[1])
+    grads = torch.autograd.grad(loss, params, retain_graph=True)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    for position, (p, old, grad) in enumerate(zip(params, before, grads, strict=True)):
+        expected = old - 5e-3 * (spectral_direction(grad) if grad.dim() > 1 else grad.sign())
+        idle = torch.ones(p.numel(), dtype=torch.bool)
+        part = optimizer.parts[position]
+        if part is not None:
+            idle.view(-1, part.unit)[part.index.long()] = False
+        torch.testing.assert_close(p.detach().flatten()[idle], expected.flatten()[idle], atol=1e-6, rtol=1e-5)
+    assert dense_moments(optimizer).keys() == moments.keys()
+
+
+@pytest.mark.parametrize("granularity", EVERY)
 def test_update_without_state_leaves_active_entries_to_adam(granularity):
     """At the second step weights and gradients are still those of a run that freezes the rest."""
     finals = []
@@ -443,7 +467,7 @@ def test_grad_scaler(granularity, unscale):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"in_backward": True}, {"inactive": "sgd"}, {"inactive": "sign"}])
+@pytest.mark.parametrize("options", [{"in_backward": True}, {"inactive": "spectral"}, {"inactive": "sign"}])
 def test_grad_scaler_is_refused_where_it_comes_too_late(options):
     optimizer = BlockLLM(model := net(), **options)
     scaler = torch.amp.GradScaler("cpu")

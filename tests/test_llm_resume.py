@@ -28,6 +28,7 @@ CONFIGURATIONS = {
     "8 bits of entries": {"granularity": "entries", "states": "8bit"},
     "in backward": {"in_backward": True},
     "sign": {"inactive": "sign", "states": "bf16"},
+    "spectral": {"inactive": "spectral", "granularity": "rows"},
     "keep": {"moments": "keep", "granularity": "tensor", "states": "8bit"},
     "offload": {"moments": "offload", "granularity": "entries"},
 }

@@ -323,3 +323,24 @@ def test_products_are_made_again_bit_by_bit():
             assert torch.equal(row_gradients._product(y.grad_fn), y)
     assert not row_gradients._is_product((x + 1).grad_fn)
     assert not row_gradients._is_product((x.exp() * torch.ones(WIDTH) + 1).grad_fn)
+
+
+@pytest.mark.parametrize("first_wants", [True, False])
+def test_a_product_is_made_once_for_all_its_readers(first_wants):
+    """Queries, keys and values read the output of one norm: it is made by the first that needs it and then let go."""
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    inner = functional.silu(x) * x.exp()
+    node = (inner * torch.randn(WIDTH)).grad_fn
+    for reader in (node, node, node, inner.grad_fn):
+        row_gradients._will_read(reader)
+    first = row_gradients._read(node, first_wants)
+    assert (first is not None) == first_wants
+    second, third = row_gradients._read(node), row_gradients._read(node)
+    assert third is second
+    assert not first_wants or second is first
+    again = row_gradients._product(node)
+    assert again is not third
+    assert torch.equal(again, third)
+    held = row_gradients._read(inner.grad_fn)
+    assert torch.equal(held, inner)
+    assert row_gradients._product(inner.grad_fn) is not held
