@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -317,8 +318,20 @@ def run_missing(
 
 def processes(workers: int) -> ProcessPoolExecutor:
     """Fresh processes, one for every unit where they run one after the other."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1 if workers == 1 else None)
+    context, tasks = multiprocessing.get_context("spawn"), 1 if workers == 1 else None
+    return ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=tasks, initializer=end_with_parent)
+
+
+def end_with_parent() -> None:
+    """In a worker: leave as soon as the process that started it is gone, even if that was killed."""
+    parent = multiprocessing.parent_process()
+
+    def wait_for_its_end() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait_for_its_end, daemon=True).start()
 
 
 def _alone(unit: Unit, running: Iterable[Unit]) -> bool:

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 from concurrent.futures import Future
@@ -270,6 +271,24 @@ def test_sigterm_ends_the_process_of_a_unit(monkeypatch, tmp_path):
         child.join(10)
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+KILLED_AT_WORK = """
+import os, signal, time
+from experiments.llm_common import processes
+pool = processes(2)
+pool.submit(os.getpid).result()
+work = pool.submit(time.sleep, 600)
+while not work.running():
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_ends_with_a_process_that_is_killed():
+    """Its output, which the worker inherits, comes to an end long before the work does."""
+    run = subprocess.run([sys.executable, "-c", KILLED_AT_WORK], capture_output=True, text=True, timeout=120)
+    assert run.returncode == -signal.SIGKILL, run.stderr
 
 
 def test_minutes_from_the_environment(monkeypatch):
