@@ -15,7 +15,8 @@ from experiments.llm_batches import Batch, Task, linear, predictions
 from experiments.llm_files import cached_arrays, lines
 
 ROWS, LENGTH, EVAL_ROWS = 32, 96, 128  # sentences a step, tokens of the longest, sentences at a time when evaluating
-SETTINGS = {"rows": ROWS, "length": LENGTH}
+POOL = 25  # steps among whose sentences those of a step are of similar length, which saves padding
+SETTINGS = {"rows": ROWS, "length": LENGTH, "pool": POOL}
 
 Rows = list[tuple[str, str, int]]
 
@@ -92,14 +93,23 @@ def batch_of(arrays: dict[str, np.ndarray], index: np.ndarray) -> Batch:
     return Batch(inputs, int(mask.sum()))
 
 
+def ordered(lengths: np.ndarray, steps: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Which rows a step has: all once a round, in random order but for the lengths within a pool of steps."""
+    rounds = -(-steps * ROWS // len(lengths))
+    order = np.concatenate([rng.permutation(len(lengths)) for _ in range(rounds)])[: steps * ROWS]
+    batches: list[np.ndarray] = []
+    for start in range(0, len(order), POOL * ROWS):
+        pool = order[start : start + POOL * ROWS]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += [pool[ROWS * k : ROWS * (k + 1)] for k in rng.permutation(len(pool) // ROWS)]
+    return batches
+
+
 def task(name: str, rows: Callable[[str], Rows], seed: int, steps: int) -> Task:
     """The encoder with a new head, which is the same for all methods of a seed."""
     from transformers import AutoModelForSequenceClassification
 
     train, dev = tokenised(name, rows, "train"), tokenised(name, rows, "dev")
-    rng = np.random.default_rng(seed)
-    rounds = -(-steps * ROWS // len(train["labels"]))
-    order = np.concatenate([rng.permutation(len(train["labels"])) for _ in range(rounds)])
     by_length = np.argsort(dev["lengths"], kind="stable")
     held = [by_length[k : k + EVAL_ROWS] for k in range(0, len(by_length), EVAL_ROWS)]
     torch.manual_seed(seed)
@@ -109,7 +119,7 @@ def task(name: str, rows: Callable[[str], Rows], seed: int, steps: int) -> Task:
     return Task(
         model,
         ("classifier",),
-        [batch_of(train, order[k * ROWS : (k + 1) * ROWS]) for k in range(steps)],
+        [batch_of(train, index) for index in ordered(train["lengths"], steps, np.random.default_rng(seed))],
         [batch_of(dev, index) for index in held],
         predictions,
         {"labels": "".join(map(str, dev["labels"][by_length]))},

@@ -35,13 +35,13 @@ SPECTRAL, SIGN = ({"inactive": name, "inactive_scale": 0.25} for name in ("spect
 BARS = {"adamw": 0.05, "memory": 0.5}
 
 METHODS = {
-    "AdamW": Method("adamw", (1e-3, 2e-3, 4e-3)),
+    "AdamW": Method("adamw", (5e-4, 1e-3, 2e-3)),
     "BlockLLM 20%, spectral": Method("blockllm", (2e-3, 4e-3, 8e-3), ROWS_20 | SPECTRAL),
     "GaLore": Method("galore", (2e-3, 5e-3, 1e-2), {"rank": RANK, "scale": 0.25, "update_proj_gap": 200}),
     "APOLLO": Method("apollo", (2e-3, 5e-3, 1e-2), {"rank": RANK, "scale": 1.0, "update_proj_gap": 200}),
-    "BlockLLM 20%, freeze": Method("blockllm", (1e-3, 2e-3, 4e-3), ROWS_20),
 }
 EXTRAS = {
+    "BlockLLM 20%, freeze": Method("blockllm", (2e-3,), ROWS_20),
     "BlockLLM 20%, sign": Method("blockllm", (1e-3, 2e-3, 4e-3), ROWS_20 | SIGN),
     "BlockLLM 20%, sign, table competes": Method(
         "blockllm", (1e-3, 2e-3, 4e-3), ROWS_20 | SIGN | {"embeddings": "compete"}

@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 from experiments import (  # noqa: E402
     llm_ablation,
     llm_batches,
+    llm_classes,
     llm_common,
     llm_files,
     llm_finetune,
@@ -710,7 +711,8 @@ def test_the_options_of_our_methods_are_accepted(suite_):
     for method in getattr(suite_, "ALL", getattr(suite_, "METHODS", {})).values():
         if method.kind == "blockllm":
             always = [name for name in method.options.get("always", ()) if name == "model.norm"]
-            options = method.options | ({"always": always, "budget": 0.7} if always else {})
+            room = bool(always) or method.options.get("embeddings") == "always"
+            options = method.options | {"always": always} | ({"budget": 0.7} if room else {})
             replace(method, options=options).build(llama(), 1e-3)
 
 
@@ -721,3 +723,17 @@ def test_a_unit_is_carried_out(monkeypatch, capfd):
     assert carry_out(Unit(TRAIN, "toy", "AdamW", 1e-3, 0, 4), methods)["points"][0]["step"] == 4
     assert carry_out(Unit(MEMORY, "toy", "AdamW", 0.0, 0, 4), methods)["peak"] > 0
     assert carry_out(Unit(COST, "toy", "AdamW", 0.0, 0, 4), methods)["step"] > 0
+
+
+def test_steps_have_all_rows_once_a_round_in_batches_of_similar_length():
+    lengths = np.random.default_rng(0).integers(3, 60, 4000)
+    batches = llm_classes.ordered(lengths, 150, np.random.default_rng(1))
+    assert {len(batch) for batch in batches} == {llm_classes.ROWS}
+    assert len(batches) == 150
+    index = np.concatenate(batches)
+    assert (np.bincount(index[: 100 * llm_classes.ROWS], minlength=4000) <= 1).all()  # four whole pools of a round
+    assert np.bincount(index, minlength=4000).max() == 2
+    spread = np.mean([np.ptp(lengths[batch]) for batch in batches])
+    assert spread < 6  # 55 in batches drawn at random
+    means = [lengths[batch].mean() for batch in batches]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3  # not from short to long
