@@ -155,7 +155,7 @@ class BlockLLM(torch.optim.Optimizer):
         granularity: str = "rows",
         reach: float | None = None,
         inactive: str = "freeze",
-        inactive_scale: float = 0.25,
+        inactive_scale: float = 0.1,
         precision: str = "auto",
         states: str = "fp32",
         max_grad_norm: float | None = None,
