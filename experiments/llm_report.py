@@ -29,10 +29,10 @@ NAN = float("nan")
 NOTES = (
     "Mean over the seeds ± half of its 95% t-interval. Differences: ± the wider half interval of two (over held-out "
     "examples, over seeds), bold outside both. After a rate, ! says that it is the smallest or largest that was tried, "
-    "? that some have not run yet. CPU s: a mean step and switch, timed on a CPU with two threads, times their number. "
+    "? that some have not run yet. CPU s: a step and a switch, timed on a CPU with two threads, times their number. "
+    "x AdamW: tokens a CPU second over those of AdamW, whose steps were timed in turn with the method's. "
     "Peak MB: counted on a CPU over all live tensors; on the GPU what PyTorch had allocated at most.\n"
 )
-ADAMW = "AdamW"
 
 Results = dict[str, Any]
 
@@ -254,9 +254,6 @@ def of_data(matrix: Matrix, runs: Runs, methods: Mapping[str, Method], data: str
     found = entries(matrix, runs, data)
     start = matrix.result(runs, matrix.unit(START, data)._replace(steps=0))
     rows = {name: row(measure, entry) | {"ours": methods[name].ours} for name, entry in found.items()}
-    for entry in rows.values():
-        adamw = rows.get(ADAMW, {}).get("tokens_per_cpu_second")
-        entry["speed"] = entry["tokens_per_cpu_second"] / adamw if adamw else float("nan")
     ours = [name for name in found if methods[name].ours]
     peers = [name for name in found if not methods[name].ours]
     pairs = {
@@ -299,6 +296,7 @@ def row(measure: Measure, entry: Entry) -> Results:
         "half": half,
         "cpu_seconds": float(np.median(seconds)) if seconds else float("nan"),
         "tokens_per_cpu_second": entry.cost["tokens"] * steps / np.median(seconds) if seconds and entry.cost else NAN,
+        "speed": entry.cost["adamw"] * steps / np.median(seconds) if seconds and entry.cost else NAN,
         "curve": curve(measure, entry),
         "share": first.get("selection", {}).get("share"),
         "memory": {name: memory.get(name, NAN) for name in ("peak", "natural", "state", "weights", "allocated")},

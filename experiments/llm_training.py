@@ -3,13 +3,15 @@
 
 The seed decides the batches and their order, so that the methods see the same ones. Training runs on a CUDA device
 multiply float32 matrices in TF32. CPU seconds are those of the process in a few steps on a CPU (batches are made
-before). Memory is counted in a pass of its own on a CPU, since counting slows a run down: the bytes of every live
+before), in turn with steps of AdamW. Memory is counted in a pass of its own on a CPU, since counting slows a run down: the bytes of every live
 tensor after each operation. Of a run on a CUDA device the most that PyTorch had allocated is noted as well.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+import statistics
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -154,27 +156,39 @@ def start(task: Task) -> Results:
 
 
 def cost(task: Task, method: Method, lr: float, seed: int) -> Results:
-    """CPU seconds of a few steps.
+    """CPU seconds of a few steps, each followed by one of AdamW, so that a busy machine slows down both.
 
     Returns
     -------
     dict
-        ``step`` and ``switch``: CPU seconds of a mean step and of what a switch adds; ``tokens`` of a mean step.
+        ``step`` and ``switch``: CPU seconds of a median step and of what a switch adds in the mean; ``tokens`` of a
+        step; ``adamw``: CPU seconds of AdamW's median step.
     """
+    peer, full = Method("adamw", (lr,)).build(copy.deepcopy(task.model), lr, seed, task.head)
     model, optimizer = method.with_timed_periods().build(task.model, lr, seed, task.head)
     torch.manual_seed(seed)
     batch = sorted(task.batches, key=lambda b: b.inputs["input_ids"].numel())[len(task.batches) // 2]
-    seconds: list[float] = []
+    pairs = []
     for _ in range(1 + (len(layers(model)) if method.kind == "badam" else COST_STEPS)):
-        began = time.process_time()
-        if not math.isfinite(update(model, optimizer, batch, lr)):
-            raise ValueError(f"the loss must be finite while time is measured; lower the rate {lr:g}")
-        seconds.append(time.process_time() - began)
+        pairs.append([_seconds(model, optimizer, batch, lr), _seconds(peer, full, batch, lr)])
     switched = {s["step"] for s in optimizer.report()["history"]} if isinstance(optimizer, BlockLLM) else set()
-    plain = [s for k, s in enumerate(seconds[1:], 2) if k not in switched]
-    others = [s for k, s in enumerate(seconds[1:], 2) if k in switched]
-    step = sum(plain) / len(plain)
-    return {"step": step, "switch": sum(others) / len(others) - step if others else 0.0, "tokens": batch.tokens}
+    plain = [own for k, (own, _) in enumerate(pairs[1:], 2) if k not in switched]
+    others = [own for k, (own, _) in enumerate(pairs[1:], 2) if k in switched]
+    step = statistics.median(plain)
+    return {
+        "step": step,
+        "switch": sum(others) / len(others) - step if others else 0.0,
+        "tokens": batch.tokens,
+        "adamw": statistics.median(adamw for _, adamw in pairs[1:]),
+    }
+
+
+def _seconds(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float) -> float:
+    """CPU seconds of a step."""
+    began = time.process_time()
+    if not math.isfinite(update(model, optimizer, batch, lr)):
+        raise ValueError(f"the loss must be finite while time is measured; lower the rate {lr:g}")
+    return time.process_time() - began
 
 
 # -- memory -------------------------------------------------------------------------------------
