@@ -5,10 +5,11 @@ The model (tied token table of 2048 byte pairs) is trained on 70% of the text on
 of pairs of tokens reach. Every method (``freeze`` excepted, which has one) gets three learning rates on one seed, and
 one more where the best of them lies at the end of its grid; then three seeds (weights and order of the data) at its
 best rate. Rates follow half a cosine after a warm-up. BlockLLM has 20% of the entries active, among them always the
-token table (18%), which GaLore and APOLLO give to AdamW as well. The others stay (``freeze``) or move without state by
-the gradients that the backward pass computes anyway: ``sign`` by their signs, ``spectral`` by their directions in the
-spectral norm, at a quarter of the rate, like GaLore's ``scale``. GaLore and APOLLO get a quarter of the width as rank,
-and their authors' settings.
+token table (18%) and the weights of the norms, which GaLore and APOLLO give to AdamW as well. The others stay
+(``freeze``) or move without state by the gradients that the backward pass computes anyway: ``sign`` by their signs,
+``spectral`` by their directions in the spectral norm. The part of the rate that these get was chosen by hand (a half
+for ``spectral``, a quarter for ``sign``). GaLore and APOLLO get a quarter of the width as rank, and their authors'
+settings.
 
 Units, raw results and environment: :mod:`experiments.llm_common`.
 """
@@ -31,8 +32,14 @@ DATA = ("reviews",)
 STEPS, QUICK_STEPS = 1500, 30
 EXPECTED = 60.0  # seconds of a run on a GPU where nothing is known yet
 RANK = llm_small.SMALL["hidden_size"] // 4
-ROWS_20 = {"granularity": "rows", "budget": 0.2, "switch_every": 100, "embeddings": "always"}
-SPECTRAL, SIGN = ({"inactive": name, "inactive_scale": 0.25} for name in ("spectral", "sign"))
+LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+NORMS = (
+    "model.norm",
+    *(f"model.layers.{k}.{n}" for k in range(llm_small.SMALL["num_hidden_layers"]) for n in LAYER_NORMS),
+)
+ROWS_20 = {"granularity": "rows", "budget": 0.2, "switch_every": 100, "embeddings": "always", "always": NORMS}
+SPECTRAL = {"inactive": "spectral", "inactive_scale": 0.5}
+SIGN = {"inactive": "sign", "inactive_scale": 0.25}
 BARS = {"adamw": 0.05, "memory": 0.5}
 
 METHODS = {

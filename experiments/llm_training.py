@@ -3,8 +3,9 @@
 
 The seed decides the batches and their order, so that the methods see the same ones. Training runs on a CUDA device
 multiply float32 matrices in TF32. CPU seconds are those of the process in a few steps on a CPU (batches are made
-before), in turn with steps of AdamW. Memory is counted in a pass of its own on a CPU, since counting slows a run down: the bytes of every live
-tensor after each operation. Of a run on a CUDA device the most that PyTorch had allocated is noted as well.
+before), in turn with steps of AdamW. Memory is counted in a pass of its own on a CPU, since counting slows a run down:
+the bytes of every live tensor after each operation. Of a run on a CUDA device the most that PyTorch had allocated is
+noted as well.
 """
 
 from __future__ import annotations
