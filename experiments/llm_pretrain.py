@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Pre-training a small Llama on movie reviews: BlockLLM with and without updates of what is inactive.
 
-The model (tied token table of 2048 byte pairs) is trained on 70% of the text once, so that AdamW gets below what counts
-of pairs of tokens reach. Every method (``freeze`` excepted, which has one) gets three learning rates on one seed, and
-one more where the best of them lies at the end of its grid; then three seeds (weights and order of the data) at its
-best rate. Rates follow half a cosine after a warm-up. BlockLLM has 20% of the entries active, among them always the
-token table (18%) and the weights of the norms, which GaLore and APOLLO give to AdamW as well. The others stay
-(``freeze``) or move without state by the gradients that the backward pass computes anyway: ``sign`` by their signs,
-``spectral`` by their directions in the spectral norm. The part of the rate that these get was chosen by hand (a half
-for ``spectral``, a quarter for ``sign``). GaLore and APOLLO get a quarter of the width as rank, and their authors'
-settings.
+The model (tied token table of 2048 byte pairs) is trained on 70% of the text once, so that AdamW gets below what
+counts of pairs of tokens reach. Every method gets three learning rates on one seed, and one more where the best of
+them lies at the end of its grid; then three seeds (weights and order of the data) at its best rate. Rates follow half
+a cosine after a warm-up. BlockLLM has 20% of the entries active, among them always the token table (18%) and the
+weights of the norms, which GaLore and APOLLO give to AdamW as well. The others stay (``freeze``) or move without state
+by the gradients that the backward pass computes anyway: ``sign`` by their signs, ``spectral`` by their directions in
+the spectral norm. The part of the rate that these get was chosen by hand (a half for ``spectral``, a quarter for
+``sign``). GaLore and APOLLO get a quarter of the width as rank, and their authors' settings.
 
 Units, raw results and environment: :mod:`experiments.llm_common`.
 """
@@ -49,7 +48,7 @@ METHODS = {
     "APOLLO": Method("apollo", (2e-3, 5e-3, 1e-2), {"rank": RANK, "scale": 1.0, "update_proj_gap": 200}),
 }
 EXTRAS = {
-    "BlockLLM 20%, freeze": Method("blockllm", (2e-3,), ROWS_20),
+    "BlockLLM 20%, freeze": Method("blockllm", (1e-3, 2e-3, 4e-3), ROWS_20),
     "BlockLLM 20%, sign": Method("blockllm", (1e-3, 2e-3, 4e-3), ROWS_20 | SIGN),
     "BlockLLM 20%, sign, table competes": Method(
         "blockllm", (1e-3, 2e-3, 4e-3), ROWS_20 | SIGN | {"embeddings": "compete"}
