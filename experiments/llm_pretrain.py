@@ -49,6 +49,9 @@ METHODS = {
 }
 EXTRAS = {
     "BlockLLM 20%, freeze": Method("blockllm", (1e-3, 2e-3, 4e-3), ROWS_20),
+    "BlockLLM 20%, spectral, norms compete": Method(
+        "blockllm", (2e-3, 4e-3, 8e-3), ROWS_20 | SPECTRAL | {"always": (), "inactive_scale": 0.25}
+    ),
     "BlockLLM 20%, sign": Method("blockllm", (1e-3, 2e-3, 4e-3), ROWS_20 | SIGN),
     "BlockLLM 20%, sign, table competes": Method(
         "blockllm", (1e-3, 2e-3, 4e-3), ROWS_20 | SIGN | {"embeddings": "compete"}
