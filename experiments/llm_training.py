@@ -35,7 +35,7 @@ EVALUATIONS = 5  # of a run, at equal distances
 FEW = 25  # steps; shorter runs are evaluated at the end only
 MEMORY_STEPS = 2 * SHORT + 1  # the first choice, two censuses, and a step after each
 HEAVY_STEPS = SHORT  # at the worst place, a census among them
-COST_STEPS = 21  # that are timed, after one that warms up
+COST_STEPS = 15  # that are timed, after one that warms up
 
 Results = dict[str, Any]
 
