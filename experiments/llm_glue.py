@@ -3,9 +3,9 @@
 
 Every method gets three learning rates on one seed, and one more where the best of them lies at the end of its grid;
 then three seeds (order of the data, the new head) at its best rate, with the same batches in the same order (of
-sentences of similar length, which saves padding). Rates
-fall linearly to nothing after a warm-up, and the best rate is the one with the best measure on the development set at
-the end. The head is always trained and counts in the budget. The 277 rows of RTE are shown and decide nothing.
+sentences of similar length, which saves padding). Rates fall linearly to nothing after a warm-up, and the best rate is
+the one with the best measure on the development set at the end. The head is always trained and counts in the budget.
+The 277 rows of RTE are shown and decide nothing.
 
 Units, raw results and environment: :mod:`experiments.llm_common`.
 """

@@ -24,6 +24,7 @@ Built = tuple[nn.Module, torch.optim.Optimizer]
 LAYER = re.compile(r"^(.*\.layers?\.\d+\.)")
 SHORT = 3  # steps between switches while memory is measured
 TIMED = 4  # steps between switches while time is measured
+COST_STEPS = 15  # that are timed, after one that warms up
 ROWS = {
     "granularity": "rows",
     "budget": 0.05,
@@ -92,12 +93,16 @@ class Method:
         return BUILDERS[self.kind](model, lr, seed, list(head), **self.options)
 
     def with_timed_periods(self) -> Method:
-        """The same with every layer of BAdam once, or BlockLLM switching every few steps, if it switches by steps."""
+        """The same with BAdam switching at every step, or BlockLLM every few steps, if it switches by steps."""
         if self.kind == "badam":
             return replace(self, options=self.options | {"switch_every": 1})
         if self.kind == "blockllm" and self.options.get("rule") != "full":
             return replace(self, options=self.options | {"switch_every": TIMED, "patience": None})
         return self
+
+    def timed_steps(self, steps: int, layers: int) -> int:
+        """How many steps to time: of BAdam one in each layer that a run of so many steps reaches."""
+        return min(layers, -(-steps // self.options["switch_every"])) if self.kind == "badam" else COST_STEPS
 
     def with_short_periods(self) -> Method:
         """The same with switches every few steps, and BAdam at its worst place: the lowest layer."""

@@ -162,7 +162,7 @@ class Entry(NamedTuple):
     cost: Results | None
 
     def cpu(self, run: Results, step: int) -> float:
-        """CPU seconds of a run's first steps: those of a mean step, and what every switch after the first adds."""
+        """CPU seconds of a run's first steps: those of a median step, and what every switch adds."""
         if self.cost is None:
             return float("nan")
         switches = sum(s <= step for s in run.get("selection", {}).get("switches", []))

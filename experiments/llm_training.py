@@ -35,7 +35,7 @@ EVALUATIONS = 5  # of a run, at equal distances
 FEW = 25  # steps; shorter runs are evaluated at the end only
 MEMORY_STEPS = 2 * SHORT + 1  # the first choice, two censuses, and a step after each
 HEAVY_STEPS = SHORT  # at the worst place, a census among them
-COST_STEPS = 15  # that are timed, after one that warms up
+PEER_RATE = 1e-5  # of AdamW, while it is timed beside a method
 
 Results = dict[str, Any]
 
@@ -162,23 +162,23 @@ def cost(task: Task, method: Method, lr: float, seed: int) -> Results:
     Returns
     -------
     dict
-        ``step`` and ``switch``: CPU seconds of a median step and of what a switch adds in the mean; ``tokens`` of a
+        ``step`` and ``switch``: CPU seconds of a median step, and what one with a switch takes more; ``tokens`` of a
         step; ``adamw``: CPU seconds of AdamW's median step.
     """
-    peer, full = Method("adamw", (lr,)).build(copy.deepcopy(task.model), lr, seed, task.head)
+    peer, full = Method("adamw", ()).build(copy.deepcopy(task.model), PEER_RATE, seed, task.head)
     model, optimizer = method.with_timed_periods().build(task.model, lr, seed, task.head)
     torch.manual_seed(seed)
     batch = sorted(task.batches, key=lambda b: b.inputs["input_ids"].numel())[len(task.batches) // 2]
     pairs = []
-    for _ in range(1 + (len(layers(model)) if method.kind == "badam" else COST_STEPS)):
-        pairs.append([_seconds(model, optimizer, batch, lr), _seconds(peer, full, batch, lr)])
+    for _ in range(1 + method.timed_steps(len(task.batches), len(layers(model)))):
+        pairs.append([_seconds(model, optimizer, batch, lr), _seconds(peer, full, batch, PEER_RATE)])
     switched = {s["step"] for s in optimizer.report()["history"]} if isinstance(optimizer, BlockLLM) else set()
     plain = [own for k, (own, _) in enumerate(pairs[1:], 2) if k not in switched]
     others = [own for k, (own, _) in enumerate(pairs[1:], 2) if k in switched]
     step = statistics.median(plain)
     return {
         "step": step,
-        "switch": sum(others) / len(others) - step if others else 0.0,
+        "switch": statistics.median(others) - step if others else 0.0,
         "tokens": batch.tokens,
         "adamw": statistics.median(adamw for _, adamw in pairs[1:]),
     }
@@ -264,9 +264,9 @@ def lowest(optimizer: BlockLLM) -> dict[str, int]:
 
     What is always active comes first.
     """
-    blocks, always = optimizer.blocks, set(optimizer.settings.always)
-    head = [k for k, name in enumerate(blocks.names) if any(name.startswith(f"{module}.") for module in always)]
-    inside = [k for k, name in enumerate(blocks.names) if ".layer" in name]
+    blocks = optimizer.blocks
+    head = sorted(optimizer._chooser.always)
+    inside = [k for k, name in enumerate(blocks.names) if ".layer" in name and k not in head]
     left, chosen = optimizer.budget, {}
     for position in [*head, *inside]:
         unit = 1 if blocks.granularity == "entries" else blocks.units[position]
@@ -332,6 +332,7 @@ def matrix_of(
     def settings(unit: Unit) -> Results:
         """All that a unit's result depends on besides itself."""
         own = {"method": every[unit.method].settings()} if unit.method else {}
+        own |= {"timed": "in turn with AdamW"} if unit.kind == COST else {}
         return {"task": llm_tasks.SETTINGS[unit.data]} | own
 
     return Matrix(
