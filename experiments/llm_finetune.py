@@ -37,6 +37,7 @@ METHODS = {
     "AdamW": Method("adamw", FULL_GRID),
     "LoRA r8": Method("lora", (1e-3, 2e-3, 4e-3), {"r": 8, "alpha": 16}),
     "BlockLLM rows": Method("blockllm", OURS_GRID, ROWS),
+    "BlockLLM rows 15%, 8-bit": Method("blockllm", (1e-4, 2e-4, 5e-4), ROWS | {"budget": 0.15, "states": "8bit"}),
     "BlockLLM tensors": Method("blockllm", OURS_GRID, ROWS | {"granularity": "tensor"}),
     "BlockLLM entries": Method("blockllm", OURS_GRID, ROWS | {"granularity": "entries"}),
     "BAdam": Method("badam", (3e-4, 1e-3, 3e-3), {"switch_every": 5}),
@@ -44,7 +45,6 @@ METHODS = {
 }
 EXTRAS = {
     "BlockLLM rows 20%": Method("blockllm", (1e-4, 2e-4, 5e-4), ROWS | {"budget": 0.2}),
-    "BlockLLM rows 15%, 8-bit": Method("blockllm", (1e-4, 2e-4, 5e-4), ROWS | {"budget": 0.15, "states": "8bit"}),
     "BlockLLM rows 1%": Method("blockllm", OURS_GRID, ROWS | {"budget": 0.01}),
     "BlockLLM rows, 8-bit, in backward": Method("blockllm", OURS_GRID, ROWS | {"states": "8bit", "in_backward": True}),
     "BlockLLM rows, frozen table": Method("blockllm", OURS_GRID, ROWS | {"embeddings": "never"}),
