@@ -38,8 +38,10 @@ from experiments.llm_batches import Batch, Task  # noqa: E402
 from experiments.llm_common import COST, MEMORY, START, TRAIN, Matrix, Runs, Unit, run_missing  # noqa: E402
 from experiments.llm_methods import BUILDERS, PACKAGES, Method, layers, low_rank_groups  # noqa: E402
 from experiments.llm_report import ACCURACY, LOSS, MATTHEWS, Entry, at_cpu, interval, paired, summary  # noqa: E402
-from experiments.llm_training import LiveBytes, carry_out, evaluated, measure, state_bytes, train  # noqa: E402
+from experiments.llm_training import LiveBytes, carry_out, evaluated, lowest, measure, state_bytes, train  # noqa: E402
 from experiments.llm_tuning import Sequence, padded  # noqa: E402
+from llm import BlockLLM  # noqa: E402
+from llm.blocks import embeddings  # noqa: E402
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SUITES = [llm_finetune, llm_glue, llm_pretrain, llm_ablation]
@@ -738,3 +740,21 @@ def test_steps_have_all_rows_once_a_round_in_batches_of_similar_length():
     assert spread < 6  # 55 in batches drawn at random
     means = [lengths[batch].mean() for batch in batches]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3  # not from short to long
+
+
+def test_the_lowest_place_holds_what_is_always_active_once():
+    model = llama()
+    norms = [name for name, p in model.named_parameters() if p.dim() < 2]
+    optimizer = BlockLLM(model, 1e-3, granularity="rows", budget=0.7, embeddings="always", always=norms)
+    place, blocks = lowest(optimizer), optimizer.blocks
+    assert {*norms, *embeddings(model)} <= set(place)
+    units = dict(zip(blocks.names, blocks.units, strict=True))
+    taken = sum(count * units[name] for name, count in place.items())
+    assert optimizer.budget - max(blocks.units) < taken <= optimizer.budget
+
+
+def test_timed_steps():
+    """One in each layer of BAdam that its run reaches."""
+    badam = Method("badam", (1e-3,), {"switch_every": 5})
+    assert [badam.timed_steps(steps, 30) for steps in (7, 120, 1000)] == [2, 24, 30]
+    assert Method("adamw", (1e-3,)).timed_steps(120, 30) > 5
