@@ -15,15 +15,15 @@ of these the head's gradient is kept until the table's comes. A weight that is u
 gets its whole gradient.
 
 A linear layer needs its input for that. Where the input is a product (``silu(gate) * up``, a scaled norm) autograd
-holds the factors in any case, and the product is made again from them instead of being held as well. So is what a
-norm multiplies by its weight.
+holds the factors in any case, and the gradient is made from these instead of holding their product as well. So is
+that of the weight of a norm.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -60,57 +60,84 @@ class RowWatcher(Protocol):
 
 # -- inputs that are products ----------------------------------------------------------------------
 
-
-_READERS, _OUTPUT = "readers of the product", "the product"  # in a node's metadata
-
-
-def _will_read(node: Any) -> Any:
-    """A multiplication whose output somebody will :func:`_read` in the backward pass."""
-    metadata = _plain_node(node).metadata
-    metadata[_READERS] = metadata.get(_READERS, 0) + 1
-    return node
+TOGETHER = 128  # rows of a product that are made at a time on a CPU, so that they stay in its caches
 
 
-def _read(node: Any, wanted: bool = True) -> Tensor | None:
-    """The output of a multiplication, made again by its first reader and held until the last one has been here."""
-    metadata = _plain_node(node).metadata
-    metadata[_READERS] -= 1
-    output = _product(node) if wanted else None
-    if metadata[_READERS] <= 0:
-        metadata.pop(_OUTPUT, None)
-    return output
+def _factors(node: Any) -> list[Tensor] | None:
+    """What autograd holds of the factors of a multiplication's output; None if that is not all of them.
 
-
-def _product(node: Any) -> Tensor | None:
-    """The output of a multiplication, made again from what autograd holds of it; None if that is not all.
-
-    What it does not hold of a factor may be the output of another multiplication.
+    A factor that it does not hold may be the output of another multiplication.
     """
-    node = _plain_node(node)
+    node = node.product if isinstance(node, _Scale._backward_cls) else node  # whose output is that of the product
     if node is None or node.name() != "MulBackward0":
         return None
-    if _OUTPUT in node.metadata:
-        return node.metadata[_OUTPUT]
-    held = zip((node._saved_self, node._saved_other), node.next_functions, strict=True)
-    first, second = (saved if saved is not None else _product(made_by) for saved, (made_by, _) in held)
-    output = None if first is None or second is None else first * second
-    if node.metadata.get(_READERS, 0) > 0:
-        node.metadata[_OUTPUT] = output
-    return output
+    found: list[Tensor] = []
+    for saved, (made_by, _) in zip((node._saved_self, node._saved_other), node.next_functions, strict=True):
+        factors = [saved] if saved is not None else _factors(made_by)
+        if factors is None:
+            return None
+        found = found + factors if saved is not None else factors + found  # what was multiplied first comes first
+    return found
 
 
-def _is_product(node: Any) -> bool:
-    """Whether :func:`_product` finds all factors."""
-    node = _plain_node(node)
-    if node is None or node.name() != "MulBackward0":
-        return False
-    held = zip((node._saved_self, node._saved_other), node.next_functions, strict=True)
-    return all(saved is not None or _is_product(made_by) for saved, (made_by, _) in held)
+class _Matrix:
+    """The product of some tensors as a matrix, a row for every token, that is never made as a whole if asked once.
 
+    In float32 a factor that is the same in a whole row or column (what a norm divides by, the weight of a norm) goes
+    to the other side of a matrix product. Low precision multiplies as the model did.
 
-def _plain_node(node: Any) -> Any:
-    """The multiplication in place of :class:`_Scale`, which hands its output on."""
-    return node.product if isinstance(node, _Scale._backward_cls) else node
+    Parameters
+    ----------
+    factors : sequence of Tensor
+        Each of ``shape`` or broadcast to it.
+    shape : sequence of int
+    dtype : torch.dtype
+        Of the product.
+    """
+
+    def __init__(self, factors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
+        columns, wide = shape[-1], dtype.itemsize >= 4 and shape[-1] > 1
+        base = max(factors, key=torch.numel)
+        self.scale: Tensor | None = None  # of the rows, shape (rows, 1)
+        self.weight: Tensor | None = None  # of the columns, shape (columns,)
+        self._full: list[Tensor] = []
+        self._dtype, self._asked = dtype, False
+        for factor in factors:
+            if wide and factor is not base and factor.shape[-1:].numel() == 1:
+                factor = factor.expand(*shape[:-1], 1).reshape(-1, 1).to(dtype)
+                self.scale = factor if self.scale is None else self.scale * factor
+            elif wide and factor is not base and factor.numel() == columns:
+                factor = factor.reshape(-1).to(dtype)
+                self.weight = factor if self.weight is None else self.weight * factor
+            else:
+                self._full.append(factor.expand(shape).reshape(-1, columns))
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Consecutive rows, and the product of the full factors there; from the second time on all at once."""
+        rows = len(self._full[0])
+        if self._asked or self._full[0].is_cuda:
+            self._full = [functools.reduce(torch.mul, self._full)]
+        step = max(1, rows) if len(self._full) == 1 else TOGETHER
+        self._asked = True
+        for start in range(0, max(1, rows), step):
+            piece = slice(start, start + step)
+            yield piece, functools.reduce(torch.mul, (factor[piece] for factor in self._full)).to(self._dtype)
+
+    def times(self, left: Tensor) -> Tensor:
+        """``left' @ self``, shape (columns of left, columns)."""
+        left = left if self.scale is None else left * self.scale
+        out: Any = None
+        for piece, full in self.pieces():
+            out = left[piece].t() @ full if out is None else out.addmm_(left[piece].t(), full)
+        return out if self.weight is None else out.mul_(self.weight)
+
+    def sums(self, left: Tensor) -> Tensor:
+        """The sums of the columns of ``left * self``."""
+        out = left.new_zeros(left.shape[1])
+        for piece, full in self.pieces():
+            product = left[piece] * full
+            out += product.sum(0) if self.scale is None else self.scale[piece].squeeze(1) @ product
+        return out if self.weight is None else out.mul_(self.weight)
 
 
 def _may_look() -> bool:
@@ -124,7 +151,7 @@ def _factor(node: Any, weight: Tensor) -> Any:
         return None
     for saved, (made_by, _) in zip((node._saved_other, node._saved_self), node.next_functions, strict=True):
         same = saved is not None and saved.untyped_storage()._cdata == weight.untyped_storage()._cdata
-        if same and _is_product(made_by):
+        if same and _factors(made_by) is not None:
             return made_by
     return None
 
@@ -141,7 +168,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         """What the layer computes."""
         ctx.shared = shared
-        ctx.made_by = _will_read(x.grad_fn) if _may_look() and _is_product(x.grad_fn) else None
+        ctx.made_by = x.grad_fn if _may_look() and _factors(x.grad_fn) is not None else None
         ctx.save_for_backward(None if ctx.made_by else x, weight, rows)
         return functional.linear(x, weight, bias)
 
@@ -154,15 +181,14 @@ class _Linear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = functional.linear(grad, weight.t()) if wants_x else None
         grad_bias = flat.sum(0) if wants_bias else None
-        wants = wants_weight or wants_rows
-        x = _read(ctx.made_by, wants) if x is None else x
-        if not wants:
+        if not (wants_weight or wants_rows):
             return grad_x, None, grad_bias, None, None, None
-        x = x.reshape(-1, x.shape[-1])
+        factors: Any = [x] if x is not None else _factors(ctx.made_by)
+        matrix = _Matrix(factors, (*grad.shape[:-1], weight.shape[1]), grad.dtype)
 
         def gradient(rows: Rows) -> Tensor:
             """Of some rows of the weight."""
-            return (flat[:, rows] if isinstance(rows, slice) else flat.index_select(1, rows)).t() @ x
+            return matrix.times(flat[:, rows] if isinstance(rows, slice) else flat.index_select(1, rows))
 
         if wants_weight and not ctx.shared.linear(gradient):
             return grad_x, gradient(slice(None)), grad_bias, None, None, None
@@ -209,14 +235,14 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, product: Tensor, weight: Tensor, factor: Any) -> Tensor:
         """The product, unchanged."""
-        ctx.product, ctx.factor = product.grad_fn, _will_read(factor)
+        ctx.product, ctx.factor = product.grad_fn, factor
         return product.view_as(product)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Gradients of the product and the weight."""
-        factor: Any = _read(ctx.factor)
-        return grad, (grad * factor).reshape(-1, grad.shape[-1]).sum(0), None
+        factors: Any = _factors(ctx.factor)
+        return grad, _Matrix(factors, grad.shape, grad.dtype).sums(grad.reshape(-1, grad.shape[-1])), None
 
 
 def _of_tokens(tokens: Tensor, flat: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

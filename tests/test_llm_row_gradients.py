@@ -313,34 +313,49 @@ def test_a_census_takes_whole_gradients_of_what_is_used_outside_of_its_module_as
     torch.testing.assert_close(squares, plain.down.weight.grad.square().sum(1))
 
 
-def test_products_are_made_again_bit_by_bit():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_products_are_made_again(dtype, tokens):
+    """With whole factors, scales of tokens, weights of columns, and all of them nested; in pieces, then at once."""
     torch.manual_seed(0)
-    x = torch.randn(3, WIDTH, requires_grad=True)
+    x = torch.randn(2, tokens, WIDTH, dtype=dtype, requires_grad=True)
+    left, exact = torch.randn(2 * tokens, 4, dtype=dtype), {"rtol": 1e-6, "atol": 1e-6}
+    tolerance = {torch.float64: exact | {"rtol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-4}}
+    tolerance[torch.bfloat16] = {"rtol": 5e-2, "atol": 5e-1}
     for frozen in (False, True):
-        norm = Norm().requires_grad_(not frozen)
-        for y in (norm(x), functional.silu(x) * x.exp(), (x * 3) * norm(x)):
-            assert row_gradients._is_product(y.grad_fn)
-            assert torch.equal(row_gradients._product(y.grad_fn), y)
-    assert not row_gradients._is_product((x + 1).grad_fn)
-    assert not row_gradients._is_product((x.exp() * torch.ones(WIDTH) + 1).grad_fn)
+        norm = Norm().to(dtype).requires_grad_(not frozen)
+        made = (norm(x), functional.silu(x) * x.exp(), (x * 3) * norm(x), x[:, :1].exp() * x.exp(), x.exp() * norm(x))
+        for y in made:
+            factors = row_gradients._factors(y.grad_fn)
+            assert factors is not None
+            matrix, rows = row_gradients._Matrix(factors, y.shape, y.dtype), y.detach().reshape(-1, WIDTH)
+            for _ in range(2):
+                torch.testing.assert_close(matrix.times(left), left.t() @ rows, **tolerance[dtype])
+            sums = row_gradients._Matrix(factors, y.shape, y.dtype).sums(rows)
+            torch.testing.assert_close(sums, rows.square().sum(0), **tolerance[dtype])
+    assert row_gradients._factors((x + 1).grad_fn) is None
+    assert row_gradients._factors((x.exp() * torch.ones(WIDTH, dtype=dtype) + 1).grad_fn) is None
 
 
-@pytest.mark.parametrize("first_wants", [True, False])
-def test_a_product_is_made_once_for_all_its_readers(first_wants):
-    """Queries, keys and values read the output of one norm: it is made by the first that needs it and then let go."""
-    x = torch.randn(3, WIDTH, requires_grad=True)
-    inner = functional.silu(x) * x.exp()
-    node = (inner * torch.randn(WIDTH)).grad_fn
-    for reader in (node, node, node, inner.grad_fn):
-        row_gradients._will_read(reader)
-    first = row_gradients._read(node, first_wants)
-    assert (first is not None) == first_wants
-    second, third = row_gradients._read(node), row_gradients._read(node)
-    assert third is second
-    assert not first_wants or second is first
-    again = row_gradients._product(node)
-    assert again is not third
-    assert torch.equal(again, third)
-    held = row_gradients._read(inner.grad_fn)
-    assert torch.equal(held, inner)
-    assert row_gradients._product(inner.grad_fn) is not held
+def test_low_precision_multiplies_as_the_model_did():
+    torch.manual_seed(0)
+    x, weight, scale = (
+        torch.randn(size, dtype=torch.bfloat16, requires_grad=True) for size in ((3, WIDTH), WIDTH, (3, 1))
+    )
+    y = weight * (x * scale)
+    matrix = row_gradients._Matrix(row_gradients._factors(y.grad_fn), y.shape, y.dtype)
+    (_, full), *more = matrix.pieces()
+    assert torch.equal(full, y)
+    assert not more
+
+
+def test_only_full_factors_are_multiplied_and_few_rows_at_a_time():
+    x = torch.randn(3 * row_gradients.TOGETHER, WIDTH)
+    scale, weight = torch.rand(len(x), 1), torch.rand(WIDTH)
+    matrix = row_gradients._Matrix([weight, x, scale], x.shape, x.dtype)
+    assert [full.data_ptr() for _, full in matrix.pieces()] == [x.data_ptr()]
+    matrix = row_gradients._Matrix([x, scale, x], x.shape, x.dtype)
+    assert [len(full) for _, full in matrix.pieces()] == [row_gradients.TOGETHER] * 3
+    once, again = (next(iter(matrix.pieces()))[1] for _ in range(2))  # asked again: made at once, and held
+    assert len(once) == len(x)
+    assert again.data_ptr() == once.data_ptr()
