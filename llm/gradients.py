@@ -86,9 +86,9 @@ def norm_of(names: Sequence[str], grads: Sequence[Tensor]) -> float:
     ValueError
         If it is not finite, with the names of those to blame.
     """
-    norms = [_norm(stored(g)) for g in grads]
-    if not norms:
+    if not grads:
         return 0.0
+    norms = _norms([stored(g) for g in grads])
     total = float(torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])))
     if not total < float("inf"):
         bad = [name for name, norm in zip(names, norms, strict=True) if not norm.isfinite()]
@@ -96,11 +96,15 @@ def norm_of(names: Sequence[str], grads: Sequence[Tensor]) -> float:
     return total
 
 
+def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """At once where no type has to be widened."""
+    alike = all(entries.dtype == working_dtype(entries.dtype) for entries in tensors)
+    return torch._foreach_norm(tensors) if alike else [_norm(entries) for entries in tensors]
+
+
 def _norm(entries: Tensor) -> Tensor:
-    """Piece by piece where the working type is wider: a kernel may copy what it converts."""
+    """Piece by piece in the wider working type: a kernel may copy what it converts."""
     dtype = working_dtype(entries.dtype)
-    if entries.dtype == dtype:
-        return torch.linalg.vector_norm(entries)
     pieces = [torch.linalg.vector_norm(piece, dtype=dtype) for piece in entries.reshape(-1).split(CHUNK)]
     return torch.linalg.vector_norm(torch.stack(pieces))
 

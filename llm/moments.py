@@ -17,9 +17,10 @@ their own and lie on its ``"shelf"``.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +28,14 @@ from torch import Tensor
 from llm.adam import GROUP, Hyper, adam_direction, adamw_, compand, decode, expand, stochastic_round
 from llm.compact import CompactGrad, Part, flat
 
-__all__ = ["STATES", "active_directions", "bytes_per_entry", "regroup", "round_to", "update_"]
+__all__ = ["STATES", "Gradient", "Update", "active_directions", "bytes_per_entry", "regroup", "round_to", "update_"]
 
 STATES = ("fp32", "bf16", "8bit")
 CHUNK = 1 << 20  # entries that are updated at a time, which bounds the temporary memory
+CACHED = 1 << 17  # so many of small pieces on a CPU, whose caches hold them
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 Cohort = dict[str, Any]
+Gradient = Tensor | Callable[[Tensor], Tensor]
 
 
 def bytes_per_entry(states: str) -> float:
@@ -89,31 +92,13 @@ def _read(cohort: Cohort, name: str, a: int, b: int, dtype: torch.dtype) -> Tens
     return stored.to(dtype)
 
 
-def _write(cohort: Cohort, name: str, a: int, b: int, value: Tensor, generator: torch.Generator) -> None:
-    stored = cohort[name].view(-1)[a:b]
-    if name + "_scale" in cohort:
-        codes, scales = compand(value, name == "exp_avg", generator)
-        stored.copy_(codes)
-        cohort[name + "_scale"][a // GROUP : -(-b // GROUP)] = scales
-    elif stored.dtype != value.dtype:
-        stored.copy_(round_to(value, stored.dtype, True, generator))
+# -- the update ------------------------------------------------------------------------------------
 
 
-def update_(
-    param: Tensor,
-    grad: Tensor | Callable[[Tensor], Tensor],
-    part: Part,
-    cohorts: list[Cohort],
-    hyper: Hyper,
-    *,
-    states: str = "fp32",
-    precision: str = "stochastic",
-    scale: float = 1.0,
-    generator: torch.Generator,
-) -> None:
-    """One AdamW step on the active entries of ``param``.
+class Update(NamedTuple):
+    """One AdamW step on the active entries of a parameter.
 
-    Parameters
+    Attributes
     ----------
     param : Tensor
         Changed in its active entries, and there alone.
@@ -124,40 +109,117 @@ def update_(
     cohorts : list of dict
         Changed: steps count up, moments move (and are made at the first step).
     hyper : Hyper
-    states : {"fp32", "bf16", "8bit"}
-        How moments that are made here are stored; low-precision ones are rounded stochastically.
     precision : {"stochastic", "fp32-active"}
         For parameters below float32: round the new weight stochastically, or keep float32 copies of active entries.
+    """
+
+    param: Tensor
+    grad: Gradient
+    part: Part
+    cohorts: list[Cohort]
+    hyper: Hyper
+    precision: str
+
+
+class _Span(NamedTuple):
+    """Entries a, ..., b - 1 of a cohort, and where they are among the entries of their parameter."""
+
+    entries: Tensor
+    unit: int
+    where: slice | Tensor
+    grad: Callable[[], Tensor]
+    cohort: Cohort
+    a: int
+    b: int
+    hyper: Hyper
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Small spans of one kind are updated together."""
+        cohort = self.cohort
+        return self.entries.dtype, cohort["exp_avg"].dtype, "master" in cohort, cohort["step"], self.hyper
+
+    @property
+    def size(self) -> int:
+        """How many entries."""
+        return self.b - self.a
+
+    def of(self, name: str) -> Tensor:
+        """A moment or the float32 weights there, as they are stored."""
+        return self.cohort[name].view(-1)[self.a : self.b]
+
+    def scales_of(self, name: str) -> Tensor:
+        """Of an 8-bit moment."""
+        return self.cohort[name + "_scale"][self.a // GROUP : -(-self.b // GROUP)]
+
+
+def update_(
+    updates: Iterable[Update],
+    *,
+    states: str = "fp32",
+    scale: float = 1.0,
+    generator: torch.Generator,
+) -> None:
+    """Step; what is small is gathered from several parameters and updated at once.
+
+    Parameters
+    ----------
+    updates : iterable of Update
+        Of parameters on one device.
+    states : {"fp32", "bf16", "8bit"}
+        How moments that are made here are stored; low-precision ones are rounded stochastically.
     scale : float
         Multiplies the gradient (clipping).
     generator : Generator
-        Of the roundings; on the device of ``param``.
+        Of the roundings; on the device of the parameters.
     """
-    size, dtype = param.numel(), working_dtype(param.dtype)
-    entries = flat(param)
-    gradient = _pieces_of(grad, part.unit)
+    waiting: dict[Any, list[_Span]] = {}  # small ones, by kind
+
+    def use(kind: Any) -> None:
+        _step(waiting.pop(kind), scale, generator)
+
+    for update in updates:
+        entries = flat(update.param)
+        most = CACHED if entries.is_cpu else CHUNK
+        for span in _spans_of(update, entries, states):
+            if isinstance(span.where, slice):
+                _step([span], scale, generator)
+                continue
+            kind = span.kind
+            if sum(other.size for other in waiting.get(kind, ())) + span.size > most and kind in waiting:
+                use(kind)
+            waiting.setdefault(kind, []).append(span)
+        if not update.param.is_contiguous():  # its layout is not that of a vector
+            for kind in list(waiting):
+                use(kind)
+            update.param.detach().copy_(entries.view(update.param.shape))
+    for kind in list(waiting):
+        use(kind)
+
+
+def _spans_of(update: Update, entries: Tensor, states: str) -> Iterator[_Span]:
+    """The spans of a parameter; counts its steps and makes moments that are not there yet."""
+    part, dtype = update.part, working_dtype(entries.dtype)
+    gradient = _pieces_of(update.grad, part.unit)
     lo = 0
-    for cohort in cohorts:
+    for cohort in update.cohorts:
         if "exp_avg" not in cohort:
             _begin(cohort, part.unit, states, dtype, entries)
-            if precision == "fp32-active" and dtype != param.dtype:
+            if update.precision == "fp32-active" and dtype != entries.dtype:
                 cohort["master"] = _taken(entries, part, lo, cohort["count"]).to(dtype)
         cohort["step"] += 1
-        rate = hyper._replace(lr=hyper.lr * min(1.0, cohort["step"] / (cohort["ramp"] or 1)))
-        start = lo * part.unit
-        for a, b, where in _spans(part, size, lo, lo + cohort["count"]):
-            piece = gradient(a, b, where).to(dtype)
-            piece = piece * scale if scale != 1.0 else piece
-            _update_span(entries, where, piece, cohort, (a - start, b - start), rate, part.unit, precision, generator)
+        rate = update.hyper.lr * min(1.0, cohort["step"] / (cohort["ramp"] or 1))
+        hyper, start = update.hyper._replace(lr=rate), lo * part.unit
+        for a, b, where in _spans(part, entries.numel(), lo, lo + cohort["count"]):
+            piece = functools.partial(gradient, a, b, where)
+            yield _Span(entries, part.unit, where, piece, cohort, a - start, b - start, hyper)
         lo += cohort["count"]
-    if not param.is_contiguous():  # its layout is not that of a vector
-        param.detach().copy_(entries.view(param.shape))
 
 
-def _pieces_of(grad: Tensor | Callable[[Any], Tensor], unit: int) -> Callable[[int, int, slice | Tensor], Tensor]:
+def _pieces_of(grad: Gradient, unit: int) -> Callable[[int, int, slice | Tensor], Tensor]:
     """The gradient of what :func:`_spans` names."""
     if not isinstance(grad, Tensor):
-        return lambda a, b, where: grad(where).view(-1)
+        return lambda a, b, where: grad(where).view(-1)  # type: ignore[arg-type]
     if isinstance(grad, CompactGrad):
         active = grad.active.reshape(-1)
         return lambda a, b, where: active[a:b]
@@ -176,30 +238,76 @@ def _taken(entries: Tensor, part: Part, lo: int, count: int) -> Tensor:
     return entries.view(-1, part.unit)[part.where[lo : lo + count]]
 
 
-def _update_span(
-    entries: Tensor,
-    where: slice | Tensor,
-    grad: Tensor,
-    cohort: Cohort,
-    span: tuple[int, int],
-    hyper: Hyper,
-    unit: int,
-    precision: str,
-    generator: torch.Generator,
-) -> None:
-    a, b = span
-    stored = _at(entries, where, unit)
-    weight = cohort["master"].view(-1)[a:b] if "master" in cohort else stored.to(grad.dtype)
-    mean, square = (_read(cohort, name, a, b, grad.dtype) for name in _MOMENTS)
-    adamw_(weight, grad, mean, square, cohort["step"], hyper)
-    _write(cohort, "exp_avg", a, b, mean, generator)
-    _write(cohort, "exp_avg_sq", a, b, square, generator)
-    if isinstance(where, slice):
-        if weight is not stored:
-            stored.copy_(round_to(weight, stored.dtype, precision == "stochastic", generator))
+def _step(spans: list[_Span], scale: float, generator: torch.Generator) -> None:
+    """AdamW on spans of one kind: joined, or one of them in place."""
+    first, stored = spans[0], None
+    dtype = working_dtype(first.entries.dtype)
+    join = _Join([span.size for span in spans], GROUP if "exp_avg_scale" in first.cohort else 1)
+    grad = join([span.grad() for span in spans]).to(dtype)
+    grad = grad * scale if scale != 1.0 else grad
+    masters = "master" in first.cohort
+    if masters:
+        weight = join([span.of("master") for span in spans])
     else:
-        new = round_to(weight, entries.dtype, precision == "stochastic", generator)
-        entries.view(-1, unit)[where] = new.view(-1, unit)
+        stored = join([_at(span.entries, span.where, span.unit) for span in spans])
+        weight = stored.to(dtype)
+    mean, square = (_joined(spans, name, join, dtype) for name in _MOMENTS)
+    adamw_(weight, grad, mean, square, first.cohort["step"], first.hyper)
+    _put_back(spans, "exp_avg", mean, join, generator)
+    _put_back(spans, "exp_avg_sq", square, join, generator)
+    if masters:
+        _put_back(spans, "master", weight, join, generator)
+    elif isinstance(first.where, slice) and weight is stored:
+        return
+    new = round_to(weight, first.entries.dtype, not masters, generator)
+    for span, piece in zip(spans, join.parts(new), strict=True):
+        if isinstance(span.where, slice):
+            span.entries[span.where] = piece
+        else:
+            span.entries.view(-1, span.unit)[span.where] = piece.view(-1, span.unit)
+
+
+class _Join:
+    """Several vectors as one, each beginning at a multiple of ``align``; a single one stays what it is."""
+
+    def __init__(self, sizes: Sequence[int], align: int) -> None:
+        self.align = align
+        self.cuts = [n for size in sizes for n in (size, -size % align)]  # each vector and the zeros behind it
+        self.single = len(sizes) == 1
+
+    def __call__(self, vectors: Sequence[Tensor]) -> Tensor:
+        """One vector."""
+        if self.single:
+            return vectors[0]
+        if self.align == 1:
+            return torch.cat(list(vectors))
+        return torch.cat([piece for v in vectors for piece in (v, v.new_zeros(-len(v) % self.align))])
+
+    def parts(self, value: Tensor) -> Sequence[Tensor]:
+        """The vectors that were joined."""
+        return (value,) if self.single else value.split(self.cuts)[::2]
+
+
+def _joined(spans: list[_Span], name: str, join: _Join, dtype: torch.dtype) -> Tensor:
+    """A moment in the working type; what is stored if that is one vector of this type."""
+    stored = join([span.of(name) for span in spans])
+    if name + "_scale" in spans[0].cohort:
+        return expand(stored, torch.cat([span.scales_of(name) for span in spans]))
+    return stored.to(dtype)
+
+
+def _put_back(spans: list[_Span], name: str, value: Tensor, join: _Join, generator: torch.Generator) -> None:
+    """Store what :func:`_joined` gave and the update changed."""
+    stored = [span.of(name) for span in spans]
+    if name + "_scale" in spans[0].cohort:
+        value, found = compand(value, name == "exp_avg", generator)
+        scales = [span.scales_of(name) for span in spans]
+        torch._foreach_copy_(scales, list(found.split([len(scale) for scale in scales])))
+    elif join.single and stored[0].dtype == value.dtype:
+        return
+    else:
+        value = round_to(value, stored[0].dtype, True, generator)
+    torch._foreach_copy_(stored, list(join.parts(value)))
 
 
 def active_directions(

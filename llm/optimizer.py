@@ -18,7 +18,7 @@ How long a window is, is never asked: gradients accumulate as usual, and a switc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from llm.census import Census
 from llm.choose import make_chooser
 from llm.compact import CompactGrad, Part, add_rows, index_dtype, pick_largest, replace_rows, restrict
 from llm.gradients import hear_losses, narrow, norm_of, not_finite_message, stored, update_inactive, watch
-from llm.moments import CHUNK, bytes_per_entry, regroup, shelve, update_, working_dtype
+from llm.moments import CHUNK, Gradient, Update, bytes_per_entry, regroup, shelve, update_, working_dtype
 from llm.patience import LossWatch
 from llm.row_gradients import RowGradients, Rows
 from llm.saving import check_names, check_settings, on_device, pack, unpack
@@ -310,7 +310,7 @@ class BlockLLM(torch.optim.Optimizer):
             self._once(position)
         if early:  # no copy of the active entries is made
             norm_of([self.blocks.names[position]], [grad])
-            self._update(position, grad, 1.0)
+            self._apply([(position, grad)])
         if idle:
             lr = hyper.lr * self.settings.inactive_scale
             update_inactive(param, grad, part, self.settings.inactive, lr, self._generator(position))
@@ -329,8 +329,7 @@ class BlockLLM(torch.optim.Optimizer):
         if self.settings.in_backward:
             self._once(position)
             norm_of([self.blocks.names[position]], [grad])
-            self._update(position, CompactGrad(grad, part, param.shape), 1.0)  # type: ignore[arg-type]
-            param.grad = None
+            self._apply([(position, CompactGrad(grad, part, param.shape))])  # type: ignore[arg-type]
         else:
             param.grad = CompactGrad(grad, part, param.shape)  # type: ignore[arg-type]
 
@@ -357,7 +356,7 @@ class BlockLLM(torch.optim.Optimizer):
         dtype = working_dtype(self.param(position).dtype)
         norms = [torch.linalg.vector_norm(gradient(rows), dtype=dtype) for rows in pieces]
         norm_of([self.blocks.names[position]], [torch.stack(norms)])
-        self._update(position, gradient, 1.0)
+        self._apply([(position, gradient)])
         return True
 
     @torch.no_grad()
@@ -503,7 +502,7 @@ class BlockLLM(torch.optim.Optimizer):
 
     def _update_all(self) -> None:
         params = self._params()
-        grads: list[tuple[int, Tensor]] = []
+        grads: list[tuple[int, Any]] = []
         for position, part in enumerate(self.parts or []):
             grad = params[position].grad
             if part is not None and grad is not None:
@@ -514,31 +513,30 @@ class BlockLLM(torch.optim.Optimizer):
         limit = self.settings.max_grad_norm
         scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         self.grad_norm = norm if grads else self.grad_norm
+        for device in dict.fromkeys(params[k].device for k, _ in grads):
+            own = [(k, grad) for k, grad in grads if params[k].device == device]
+            grads = [(k, grad) for k, grad in grads if params[k].device != device]
+            self._apply(own, scale)
+
+    def _apply(self, grads: list[tuple[int, Gradient]], scale: float = 1.0) -> None:
+        """Update parameters that are on one device; takes their gradients off the list as it goes."""
+        generator = self._generator(grads[0][0])
+        update_(self._updates(grads), states=self.settings.states, scale=scale, generator=generator)
+
+    def _updates(self, grads: list[tuple[int, Gradient]]) -> Iterator[Update]:
         while grads:
             position, grad = grads.pop(0)
-            self._update(position, grad, scale)
-            if self.settings.in_backward:  # freed as it is used, as in later windows
-                params[position].grad = None
-
-    def _update(self, position: int, grad: Tensor | Callable[[Tensor], Tensor], scale: float) -> None:
-        param = self.param(position)
-        part = self.parts[position]  # type: ignore[index]
-        if "cohorts" not in self.state.get(param, {}):
-            part = self._adopt(position, part)  # type: ignore[arg-type]
-        precision = self.settings.precision
-        if precision == "auto":
-            precision = "fp32-active" if param.dtype == torch.float16 else "stochastic"
-        update_(
-            param,
-            grad,
-            part,  # type: ignore[arg-type]
-            self.state[param]["cohorts"],
-            self._hyper(position),
-            states=self.settings.states,
-            precision=precision,
-            scale=scale,
-            generator=self._generator(position),
-        )
+            param = self.param(position)
+            part = self.parts[position]  # type: ignore[index]
+            if "cohorts" not in self.state.get(param, {}):
+                part = self._adopt(position, part)  # type: ignore[arg-type]
+            precision = self.settings.precision
+            if precision == "auto":
+                precision = "fp32-active" if param.dtype == torch.float16 else "stochastic"
+            cohorts, hyper = self.state[param]["cohorts"], self._hyper(position)
+            yield Update(param, grad, part, cohorts, hyper, precision)  # type: ignore[arg-type]
+            if self.settings.in_backward:  # freed as it is used
+                param.grad = None
 
     # -- switching ---------------------------------------------------------------------------------
 

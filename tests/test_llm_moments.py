@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The update of many small parts at once, against one part at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llm import moments
+from llm.adam import Hyper
+from llm.compact import CompactGrad, Part
+from llm.moments import Update, update_
+
+HYPER = Hyper(0.1, 0.9, 0.99, 1e-8, 0.01)
+SHAPES = ((7, 12), (300, 5), (1, 700), (40, 33))
+
+
+def updates(dtype: torch.dtype, precision: str, ramp: int = 0, seed: int = 0) -> list[Update]:
+    """Of two thirds of the rows of some matrices, in an order of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for rows, columns in SHAPES:
+        param = torch.randn(rows, columns, generator=generator).to(dtype)
+        index = torch.randperm(rows, generator=generator)[: -(-2 * rows // 3)].int()
+        part = Part(columns, len(index), index)
+        grad = CompactGrad(torch.randn(len(index), columns, generator=generator).to(dtype), part, param.shape)
+        first = len(index) // 2
+        cohorts = [{"count": first, "step": 3, "ramp": 0}, {"count": len(index) - first, "step": 0, "ramp": ramp}]
+        found.append(Update(param, grad, part, [c for c in cohorts if c["count"]], HYPER, precision))
+    return found
+
+
+def run(one_by_one: bool, dtype: torch.dtype, precision: str, states: str, scale: float, ramp: int) -> list[Update]:
+    """Three steps."""
+    made = updates(dtype, precision, ramp)
+    for _ in range(3):
+        generator = torch.Generator().manual_seed(1)
+        for group in [[u] for u in made] if one_by_one else [made]:
+            update_(group, states=states, scale=scale, generator=generator)
+    return made
+
+
+@pytest.mark.parametrize("cached", [64, 1 << 17])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("ramp", [0, 4])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float32, "stochastic"), (torch.float64, "stochastic"), (torch.bfloat16, "fp32-active")],
+)
+def test_parts_updated_together_are_as_if_alone(monkeypatch, cached, scale, ramp, dtype, precision):
+    """Bit for bit where nothing is drawn; a new matrix begins in the middle of a batch, and step counts part them."""
+    monkeypatch.setattr(moments, "CACHED", cached)
+    together, alone = (run(apart, dtype, precision, "fp32", scale, ramp) for apart in (False, True))
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a.param, b.param)
+        for x, y in zip(a.cohorts, b.cohorts, strict=True):
+            assert x.keys() == y.keys()
+            assert all(torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k] for k in x)
+
+
+@pytest.mark.parametrize("states", ["bf16", "8bit"])
+def test_low_precision_states_together(states):
+    """Their roundings are drawn in another order, so that they are only near what they are alone."""
+    exact = run(True, torch.float32, "stochastic", "fp32", 1.0, 0)
+    for apart in (False, True):
+        for a, b in zip(run(apart, torch.float32, "stochastic", states, 1.0, 0), exact, strict=True):
+            error = (a.param - b.param).abs()
+            assert 0 < error.mean() < 0.1 * HYPER.lr
+            for x, y in zip(a.cohorts, b.cohorts, strict=True):
+                found = moments._read(x, "exp_avg", 0, x["exp_avg"].numel(), torch.float32)
+                torch.testing.assert_close(found, y["exp_avg"].view(-1), rtol=0.1, atol=0.02)
+
+
+def test_inactive_entries_stay():
+    before = updates(torch.float32, "stochastic")
+    after = run(False, torch.float32, "stochastic", "fp32", 1.0, 0)
+    for a, b in zip(before, after, strict=True):
+        idle = torch.ones(len(a.param), dtype=torch.bool)
+        idle[a.part.where.long()] = False
+        assert torch.equal(a.param[idle], b.param[idle])
+        assert not torch.isclose(a.param[~idle], b.param[~idle]).any()
+
+
+@pytest.mark.parametrize(("cached", "expected"), [(1 << 17, [1, 3, 3]), (1, [1, 1, 1, 1, 1, 1, 1])])
+def test_what_has_the_same_step_count_goes_together(monkeypatch, cached, expected):
+    """Half of the rows of each matrix began later; a matrix of one row is updated in place."""
+    sizes: list[int] = []
+    step = moments._step
+    monkeypatch.setattr(moments, "CACHED", cached)
+    monkeypatch.setattr(moments, "_step", lambda spans, *rest: (sizes.append(len(spans)), step(spans, *rest)))
+    update_(updates(torch.float32, "stochastic"), generator=torch.Generator().manual_seed(0))
+    assert sizes == expected
