@@ -33,6 +33,7 @@ __all__ = ["STATES", "Gradient", "Update", "active_directions", "bytes_per_entry
 STATES = ("fp32", "bf16", "8bit")
 CHUNK = 1 << 20  # entries that are updated at a time, which bounds the temporary memory
 CACHED = 1 << 17  # so many of small pieces on a CPU, whose caches hold them
+SMALL = 1 << 14  # entries of a tensor that is active as a whole and still updated with others
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 Cohort = dict[str, Any]
 Gradient = Tensor | Callable[[Tensor], Tensor]
@@ -182,7 +183,7 @@ def update_(
         entries = flat(update.param)
         most = CACHED if entries.is_cpu else CHUNK
         for span in _spans_of(update, entries, states):
-            if isinstance(span.where, slice):
+            if isinstance(span.where, slice) and span.size > SMALL:
                 _step([span], scale, generator)
                 continue
             kind = span.kind
@@ -257,7 +258,7 @@ def _step(spans: list[_Span], scale: float, generator: torch.Generator) -> None:
     _put_back(spans, "exp_avg_sq", square, join, generator)
     if masters:
         _put_back(spans, "master", weight, join, generator)
-    elif isinstance(first.where, slice) and weight is stored:
+    elif join.single and isinstance(first.where, slice) and weight is stored:
         return
     new = round_to(weight, first.entries.dtype, not masters, generator)
     for span, piece in zip(spans, join.parts(new), strict=True):
