@@ -175,21 +175,24 @@ def update_(
         Of the roundings; on the device of the parameters.
     """
     waiting: dict[Any, list[_Span]] = {}  # small ones, by kind
+    held: dict[Any, int] = {}  # entries of these
 
     def use(kind: Any) -> None:
         _step(waiting.pop(kind), scale, generator)
+        del held[kind]
 
     for update in updates:
         entries = flat(update.param)
         most = CACHED if entries.is_cpu else CHUNK
         for span in _spans_of(update, entries, states):
-            if isinstance(span.where, slice) and span.size > SMALL:
+            kind, size = span.kind, span.size
+            if isinstance(span.where, slice) and size > SMALL:
                 _step([span], scale, generator)
                 continue
-            kind = span.kind
-            if sum(other.size for other in waiting.get(kind, ())) + span.size > most and kind in waiting:
+            if kind in waiting and held[kind] + size > most:
                 use(kind)
             waiting.setdefault(kind, []).append(span)
+            held[kind] = held.get(kind, 0) + size
         if not update.param.is_contiguous():  # its layout is not that of a vector
             for kind in list(waiting):
                 use(kind)
