@@ -177,28 +177,29 @@ def update_(
     waiting: dict[Any, list[_Span]] = {}  # small ones, by kind
     held: dict[Any, int] = {}  # entries of these
 
-    def use(kind: Any) -> None:
-        _step(waiting.pop(kind), scale, generator)
-        del held[kind]
+    def use(kinds: Iterable[Any]) -> None:
+        for kind in kinds:
+            _step(waiting.pop(kind), scale, generator)
+            del held[kind]
 
-    for update in updates:
-        entries = flat(update.param)
-        most = CACHED if entries.is_cpu else CHUNK
-        for span in _spans_of(update, entries, states):
-            kind, size = span.kind, span.size
-            if isinstance(span.where, slice) and size > SMALL:
-                _step([span], scale, generator)
-                continue
-            if kind in waiting and held[kind] + size > most:
-                use(kind)
-            waiting.setdefault(kind, []).append(span)
-            held[kind] = held.get(kind, 0) + size
-        if not update.param.is_contiguous():  # its layout is not that of a vector
-            for kind in list(waiting):
-                use(kind)
-            update.param.detach().copy_(entries.view(update.param.shape))
-    for kind in list(waiting):
-        use(kind)
+    try:
+        for update in updates:
+            entries = flat(update.param)
+            most = CACHED if entries.is_cpu else CHUNK
+            for span in _spans_of(update, entries, states):
+                kind, size = span.kind, span.size
+                if size > (SMALL if isinstance(span.where, slice) else most):
+                    _step([span], scale, generator)
+                    continue
+                if kind in waiting and held[kind] + size > most:
+                    use([kind])
+                waiting.setdefault(kind, []).append(span)
+                held[kind] = held.get(kind, 0) + size
+            if not update.param.is_contiguous():  # its layout is not that of a vector
+                use(list(waiting))
+                update.param.detach().copy_(entries.view(update.param.shape))
+    finally:
+        use(list(waiting))
 
 
 def _spans_of(update: Update, entries: Tensor, states: str) -> Iterator[_Span]:

@@ -279,7 +279,7 @@ class BlockLLM(torch.optim.Optimizer):
         return active | self.census.turns if self.census_on else active
 
     def _generator(self, position: int) -> torch.Generator:
-        """For the roundings of this step on this parameter: a stream of its own, so that nothing needs saving."""
+        """For roundings of this step, from this parameter on: begins anew, so that nothing needs saving."""
         device = self.param(position).device
         generator = self._generators.setdefault(device, torch.Generator(device=device))
         return generator.manual_seed(((self.seed * 1_000_003 + self.steps) * 1_000_003 + position) % 2**63)
@@ -501,22 +501,27 @@ class BlockLLM(torch.optim.Optimizer):
                 self.census.add(position, p.grad, hyper=self._hyper(position))
 
     def _update_all(self) -> None:
-        params = self._params()
-        grads: list[tuple[int, Any]] = []
-        for position, part in enumerate(self.parts or []):
-            grad = params[position].grad
-            if part is not None and grad is not None:
-                if part.index is None or not isinstance(grad, CompactGrad):
-                    grad = restrict(grad, self._part_of(position, grad))  # type: ignore[arg-type]
-                grads.append((position, grad))
-        norm = norm_of([self.blocks.names[k] for k, _ in grads], [grad for _, grad in grads])
+        together = self._held()
+        found = [pair for pairs in together.values() for pair in pairs]
+        norm = norm_of([self.blocks.names[k] for k, _ in found], [grad for _, grad in found])
         limit = self.settings.max_grad_norm
         scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-        self.grad_norm = norm if grads else self.grad_norm
-        for device in dict.fromkeys(params[k].device for k, _ in grads):
-            own = [(k, grad) for k, grad in grads if params[k].device == device]
-            grads = [(k, grad) for k, grad in grads if params[k].device != device]
-            self._apply(own, scale)
+        self.grad_norm = norm if found else self.grad_norm
+        del found  # so that each gradient can be freed as it is used
+        for pairs in together.values():
+            self._apply(pairs, scale)
+
+    def _held(self) -> dict[Any, list[tuple[int, Any]]]:
+        """Positions and gradients of what is active, by device; with in_backward each for itself."""
+        found: dict[Any, list[tuple[int, Any]]] = {}
+        for position, part in enumerate(self.parts or []):
+            param = self.param(position)
+            if part is not None and param.grad is not None:
+                grad = param.grad
+                if part.index is None or not isinstance(grad, CompactGrad):
+                    grad = restrict(grad, self._part_of(position, grad))  # type: ignore[arg-type]
+                found.setdefault(position if self.settings.in_backward else param.device, []).append((position, grad))
+        return found
 
     def _apply(self, grads: list[tuple[int, Gradient]], scale: float = 1.0) -> None:
         """Update parameters that are on one device; takes their gradients off the list as it goes."""
@@ -535,7 +540,7 @@ class BlockLLM(torch.optim.Optimizer):
                 precision = "fp32-active" if param.dtype == torch.float16 else "stochastic"
             cohorts, hyper = self.state[param]["cohorts"], self._hyper(position)
             yield Update(param, grad, part, cohorts, hyper, precision)  # type: ignore[arg-type]
-            if self.settings.in_backward:  # freed as it is used
+            if self.settings.in_backward:
                 param.grad = None
 
     # -- switching ---------------------------------------------------------------------------------

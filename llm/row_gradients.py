@@ -22,8 +22,10 @@ that of the weight of a norm.
 from __future__ import annotations
 
 import functools
+import math
+import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -63,15 +65,19 @@ class RowWatcher(Protocol):
 TOGETHER = 128  # rows of a product that are made at a time on a CPU, so that they stay in its caches
 
 
-def _factors(node: Any) -> list[Tensor] | None:
+def _factors(node: Any) -> list[Any] | None:
     """What autograd holds of the factors of a multiplication's output; None if that is not all of them.
 
-    A factor that it does not hold may be the output of another multiplication.
+    Tensors and numbers. A factor that it does not hold may be the output of another multiplication. What hooks have
+    packed (those of a checkpoint that has ended) is not looked at: it can be unpacked once only.
     """
     node = node.product if isinstance(node, _Scale._backward_cls) else node  # whose output is that of the product
     if node is None or node.name() != "MulBackward0":
         return None
-    found: list[Tensor] = []
+    raw = node._raw_saved_self, node._raw_saved_other
+    if not all(isinstance(getattr(held, "data", None), Tensor | float | None) for held in raw):
+        return None
+    found: list[Any] = []
     for saved, (made_by, _) in zip((node._saved_self, node._saved_other), node.next_functions, strict=True):
         factors = [saved] if saved is not None else _factors(made_by)
         if factors is None:
@@ -81,63 +87,80 @@ def _factors(node: Any) -> list[Tensor] | None:
 
 
 class _Matrix:
-    """The product of some tensors as a matrix, a row for every token, that is never made as a whole if asked once.
+    """The product of some tensors as a matrix, a row for every token.
 
     In float32 a factor that is the same in a whole row or column (what a norm divides by, the weight of a norm) goes
-    to the other side of a matrix product. Low precision multiplies as the model did.
+    to the other side of a matrix product; on a CPU what remains is multiplied a few rows at a time, unless it is asked
+    for again. Low precision multiplies as the model did, and sums as a matrix product does.
 
     Parameters
     ----------
-    factors : sequence of Tensor
+    factors : sequence of Tensor or float
         Each of ``shape`` or broadcast to it.
     shape : sequence of int
     dtype : torch.dtype
         Of the product.
     """
 
-    def __init__(self, factors: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
-        columns, wide = shape[-1], dtype.itemsize >= 4 and shape[-1] > 1
-        base = max(factors, key=torch.numel)
-        self.scale: Tensor | None = None  # of the rows, shape (rows, 1)
-        self.weight: Tensor | None = None  # of the columns, shape (columns,)
-        self._full: list[Tensor] = []
-        self._dtype, self._asked = dtype, False
+    def __init__(self, factors: Sequence[Any], shape: Sequence[int], dtype: torch.dtype) -> None:
+        columns, wide = shape[-1], dtype.itemsize >= 4
+        base = max((factor for factor in factors if _has_entries(factor)), key=torch.numel)
+        self.scale: Any = None  # of the rows, shape (rows, 1)
+        self.weight: Any = None  # of the columns, shape (columns,)
+        self._full: list[Any] = []
+        self._rows, self._dtype = math.prod(shape[:-1]), dtype
+        self._in_pieces = wide and base.is_cpu and not isinstance(base, FakeTensor)
         for factor in factors:
-            if wide and factor is not base and factor.shape[-1:].numel() == 1:
+            movable = wide and factor is not base and columns > 1
+            if not _has_entries(factor):
+                self._full.append(factor)
+            elif movable and factor.shape[-1] == 1:
                 factor = factor.expand(*shape[:-1], 1).reshape(-1, 1).to(dtype)
                 self.scale = factor if self.scale is None else self.scale * factor
-            elif wide and factor is not base and factor.numel() == columns:
+            elif movable and factor.numel() == columns:
                 factor = factor.reshape(-1).to(dtype)
                 self.weight = factor if self.weight is None else self.weight * factor
             else:
                 self._full.append(factor.expand(shape).reshape(-1, columns))
 
-    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """Consecutive rows, and the product of the full factors there; from the second time on all at once."""
-        rows = len(self._full[0])
-        if self._asked or self._full[0].is_cuda:
-            self._full = [functools.reduce(torch.mul, self._full)]
-        step = max(1, rows) if len(self._full) == 1 else TOGETHER
-        self._asked = True
-        for start in range(0, max(1, rows), step):
-            piece = slice(start, start + step)
-            yield piece, functools.reduce(torch.mul, (factor[piece] for factor in self._full)).to(self._dtype)
+    def pieces(self) -> list[slice]:
+        """Which rows to multiply at a time: all from the second time on, and where one factor is left."""
+        if not self._in_pieces and len(self._full) > 1:
+            self._full = [functools.reduce(operator.mul, self._full)]
+        self._in_pieces = False
+        step = TOGETHER if len(self._full) > 1 else max(1, self._rows)
+        return [slice(start, start + step) for start in range(0, max(1, self._rows), step)]
+
+    def product(self, rows: slice) -> Tensor:
+        """Some rows of what is multiplied."""
+        factors = (factor[rows] if _has_entries(factor) else factor for factor in self._full)
+        return functools.reduce(operator.mul, factors).to(self._dtype)
 
     def times(self, left: Tensor) -> Tensor:
         """``left' @ self``, shape (columns of left, columns)."""
         left = left if self.scale is None else left * self.scale
-        out: Any = None
-        for piece, full in self.pieces():
-            out = left[piece].t() @ full if out is None else out.addmm_(left[piece].t(), full)
+        first, *more = self.pieces()
+        out: Any
+        if more:
+            out = left.new_zeros(left.shape[1], self._full[0].shape[1])
+            for rows in (first, *more):
+                out.addmm_(left[rows].t(), self.product(rows))
+        else:
+            out = left.t() @ self.product(first)
         return out if self.weight is None else out.mul_(self.weight)
 
     def sums(self, left: Tensor) -> Tensor:
         """The sums of the columns of ``left * self``."""
-        out = left.new_zeros(left.shape[1])
-        for piece, full in self.pieces():
-            product = left[piece] * full
-            out += product.sum(0) if self.scale is None else self.scale[piece].squeeze(1) @ product
+        out: Any = 0
+        for rows in self.pieces():
+            product = left[rows] * self.product(rows)
+            out = out + (product.sum(0) if self.scale is None else self.scale[rows].squeeze(1) @ product)
         return out if self.weight is None else out.mul_(self.weight)
+
+
+def _has_entries(factor: Any) -> bool:
+    """Whether it is more than a number."""
+    return isinstance(factor, Tensor) and factor.dim() > 0
 
 
 def _may_look() -> bool:
@@ -150,8 +173,12 @@ def _factor(node: Any, weight: Tensor) -> Any:
     if node is None or node.name() != "MulBackward0":
         return None
     for saved, (made_by, _) in zip((node._saved_other, node._saved_self), node.next_functions, strict=True):
-        same = saved is not None and saved.untyped_storage()._cdata == weight.untyped_storage()._cdata
-        if same and _factors(made_by) is not None:
+        whole = _has_entries(saved) and saved.shape == weight.shape
+        if (
+            whole
+            and saved.untyped_storage()._cdata == weight.untyped_storage()._cdata
+            and _factors(made_by) is not None
+        ):
             return made_by
     return None
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -90,3 +92,18 @@ def test_what_has_the_same_step_count_goes_together(monkeypatch, cached, expecte
     monkeypatch.setattr(moments, "_step", lambda spans, *rest: (sizes.append(len(spans)), step(spans, *rest)))
     update_(updates(torch.float32, "stochastic"), generator=torch.Generator().manual_seed(0))
     assert sizes == expected
+
+
+def test_what_waits_is_updated_when_a_later_parameter_fails():
+    """Step counts and weights stay together."""
+
+    def failing() -> Iterator[Update]:
+        yield from made[:2]
+        raise MemoryError
+
+    made, whole = updates(torch.float32, "stochastic"), updates(torch.float32, "stochastic")
+    with pytest.raises(MemoryError):
+        update_(failing(), generator=torch.Generator())
+    update_(whole, generator=torch.Generator())
+    assert all(torch.equal(a.param, b.param) for a, b in zip(made[:2], whole[:2], strict=True))
+    assert [[c["step"] for c in u.cohorts] for u in made] == [[4, 1], [4, 1], [0], [3, 0], [0], [0]]

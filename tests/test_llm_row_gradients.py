@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm import BlockLLM, row_gradients
 from llm.compact import CompactGrad
+from llm.plan import plan
 from llm.row_gradients import cover
 
 VOCABULARY, WIDTH = 40, 12
@@ -339,23 +340,123 @@ def test_products_are_made_again(dtype, tokens):
 
 def test_low_precision_multiplies_as_the_model_did():
     torch.manual_seed(0)
-    x, weight, scale = (
-        torch.randn(size, dtype=torch.bfloat16, requires_grad=True) for size in ((3, WIDTH), WIDTH, (3, 1))
-    )
-    y = weight * (x * scale)
+    shapes = ((3 * row_gradients.TOGETHER, WIDTH), (WIDTH,), (3 * row_gradients.TOGETHER, 1))
+    x, weight, scale = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    y = weight * (x * scale) * 0.7
     matrix = row_gradients._Matrix(row_gradients._factors(y.grad_fn), y.shape, y.dtype)
-    (_, full), *more = matrix.pieces()
-    assert torch.equal(full, y)
-    assert not more
+    (rows,) = matrix.pieces()  # a sum over pieces would be rounded at each
+    assert torch.equal(matrix.product(rows), y)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_are_factors_too(device, dtype):
+    """Autograd holds the number in ``x * y * 0.5`` as a tensor on the CPU, wherever the others are."""
+    x = torch.randn(300, WIDTH, dtype=dtype, device=device, requires_grad=True)
+    for y in (x.exp() * x.sin() * 0.5, 3 * Norm().to(device, dtype)(x)):
+        matrix = row_gradients._Matrix(row_gradients._factors(y.grad_fn), y.shape, y.dtype)
+        found = matrix.times(x.detach())
+        assert (found.shape, found.dtype, found.device) == ((WIDTH, WIDTH), dtype, x.device)
+        if device == "cpu" and dtype == torch.float32:
+            torch.testing.assert_close(found, x.detach().t() @ y.detach(), rtol=1e-4, atol=1e-3)
+
+
+class Scaled(nn.Module):
+    """A gated unit with a number in its product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(functional.silu(self.gate(x)) * self.up(x) * 0.5)
+
+
+def test_rows_behind_a_product_with_a_number():
+    torch.manual_seed(0)
+    model = Scaled()
+    twin, x = copy.deepcopy(model), torch.randn(5, 16)
+    optimizer, compared = BlockLLM(model, 1e-2, budget=0.3, granularity="rows", switch_every=3), 0
+    for _ in range(6):
+        twin.load_state_dict(model.state_dict())
+        for each in (model, twin):
+            each.zero_grad()
+            each(x).square().sum().backward()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            if isinstance(p.grad, CompactGrad):
+                torch.testing.assert_close(p.grad.active, q.grad[p.grad.part.where.long()], rtol=1e-4, atol=1e-5)
+                compared += p is model.down.weight
+        optimizer.step()
+    assert compared > 1
+
+
+def test_a_product_with_a_number_can_be_planned():
+    rows = {"budget": 0.3, "granularity": "rows"}
+    x = torch.empty(300, 16, device="meta")
+    planned = plan(Scaled(), x, budget="1GB", loss=lambda m, x: m(x).mean(), optimizer=rows, checkpointing=[False])
+    assert planned.cases
+
+
+def test_a_weight_of_tokens_is_not_taken_for_that_of_columns():
+    """As many tokens as columns: the weight scales rows, as a view."""
+
+    class ByToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight[:, None] * (x * x.square().mean(-1, keepdim=True).rsqrt())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), ByToken(), nn.Linear(WIDTH, 3))
+    plain = copy.deepcopy(model)
+    optimizer = BlockLLM(model, 1e-2, budget=0.9, granularity="rows", always=("1",))
+    x = torch.randn(WIDTH, WIDTH)
+    for _ in range(2):
+        plain.load_state_dict(model.state_dict())
+        plain.zero_grad()
+        plain(x).square().sum().backward()
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        torch.testing.assert_close(model[1].weight.grad, plain[1].weight.grad)
+        optimizer.step()
+
+
+def test_products_out_of_a_checkpoint_are_left_alone():
+    """What a checkpoint has packed can be unpacked once, by the backward pass."""
+    torch.manual_seed(0)
+    gate, down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+    model = nn.ModuleList([gate, down])
+    optimizer = BlockLLM(model, 1e-2, budget=0.5, granularity="rows")
+    x = torch.randn(4, WIDTH)
+    for _ in range(3):
+        optimizer.zero_grad()
+        made = checkpoint(lambda x: functional.silu(gate(x)) * gate(x).sin(), x, use_reentrant=False)
+        down(made).square().sum().backward()
+        optimizer.step()
+
+
+def test_backward_inside_autocast():
+    """Ambient autocast of a backward pass whose forward was outside."""
+    torch.manual_seed(0)
+    model = Gated()
+    optimizer = BlockLLM(model, 1e-3, budget=0.3, switch_every=None, granularity="rows")
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss.backward()
+        optimizer.step()
 
 
 def test_only_full_factors_are_multiplied_and_few_rows_at_a_time():
     x = torch.randn(3 * row_gradients.TOGETHER, WIDTH)
     scale, weight = torch.rand(len(x), 1), torch.rand(WIDTH)
     matrix = row_gradients._Matrix([weight, x, scale], x.shape, x.dtype)
-    assert [full.data_ptr() for _, full in matrix.pieces()] == [x.data_ptr()]
+    assert [matrix.product(rows).data_ptr() for rows in matrix.pieces()] == [x.data_ptr()]
     matrix = row_gradients._Matrix([x, scale, x], x.shape, x.dtype)
-    assert [len(full) for _, full in matrix.pieces()] == [row_gradients.TOGETHER] * 3
-    once, again = (next(iter(matrix.pieces()))[1] for _ in range(2))  # asked again: made at once, and held
+    assert [len(matrix.product(rows)) for rows in matrix.pieces()] == [row_gradients.TOGETHER] * 3
+    once, again = (matrix.product(*matrix.pieces()) for _ in range(2))  # asked again: made at once, and held
     assert len(once) == len(x)
     assert again.data_ptr() == once.data_ptr()
