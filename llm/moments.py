@@ -32,7 +32,7 @@ __all__ = ["STATES", "Gradient", "Update", "active_directions", "bytes_per_entry
 
 STATES = ("fp32", "bf16", "8bit")
 CHUNK = 1 << 20  # entries that are updated at a time, which bounds the temporary memory
-CACHED = 1 << 17  # so many of small pieces on a CPU, whose caches hold them
+CACHED = 1 << 16  # so many of small pieces on a CPU, whose caches hold them
 SMALL = 1 << 14  # entries of a tensor that is active as a whole and still updated with others
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 Cohort = dict[str, Any]

@@ -42,7 +42,7 @@ def run(one_by_one: bool, dtype: torch.dtype, precision: str, states: str, scale
     return made
 
 
-@pytest.mark.parametrize("cached", [64, 1 << 17])
+@pytest.mark.parametrize("cached", [64, 1 << 16])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("ramp", [0, 4])
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_inactive_entries_stay():
         assert not torch.isclose(a.param[~idle], b.param[~idle]).any()
 
 
-@pytest.mark.parametrize(("cached", "expected"), [(1 << 17, [1, 3, 5]), (1, [1] * 9)])
+@pytest.mark.parametrize(("cached", "expected"), [(1 << 16, [1, 3, 5]), (1, [1] * 9)])
 def test_what_has_the_same_step_count_goes_together(monkeypatch, cached, expected):
     """Half of the rows of each matrix began later; only a large tensor is updated by itself, in place."""
     sizes: list[int] = []

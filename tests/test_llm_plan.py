@@ -171,6 +171,8 @@ def small_chunks(monkeypatch):
     for module in (moments, census, gradients):
         monkeypatch.setattr(module, "CHUNK", CHUNK)
     monkeypatch.setattr(optimizer, "CHUNK", CHUNK)
+    for name in ("CACHED", "SMALL"):
+        monkeypatch.setattr(moments, name, CHUNK)
     monkeypatch.setattr(optimizer, "SURVEYED", CHUNK)
 
 
@@ -272,7 +274,7 @@ def llama():
 
 
 def test_a_configuration_of_transformers():
-    found = plan(llama(), (4, 64), budget="1GB", optimizer={"budget": 1.0, "states": "bf16"}, places=("top",))
+    found = plan(llama(), (16, 64), budget="1GB", optimizer={"budget": 1.0, "states": "bf16"}, places=("top",))
     plain, checkpointed = found.cases
     assert (plain.checkpointing, checkpointed.checkpointing) == (False, True)
     assert plain.peak.parts["activations"] > 1.5 * checkpointed.peak.parts["activations"]
