@@ -286,7 +286,8 @@ class _Join:
             return vectors[0]
         if self.align == 1:
             return torch.cat(list(vectors))
-        return torch.cat([piece for v in vectors for piece in (v, v.new_zeros(-len(v) % self.align))])
+        zeros = vectors[0].new_zeros(self.align)
+        return torch.cat([piece for v in vectors for piece in (v, zeros[: -len(v) % self.align])])
 
     def parts(self, value: Tensor) -> Sequence[Tensor]:
         """The vectors that were joined."""
