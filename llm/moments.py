@@ -123,7 +123,7 @@ class Update(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Entries a, ..., b - 1 of a cohort, and where they are among the entries of their parameter."""
+    """Entries a, ..., b - 1 of a cohort, where they are among the entries of their parameter, and which step comes."""
 
     entries: Tensor
     unit: int
@@ -132,13 +132,14 @@ class _Span(NamedTuple):
     cohort: Cohort
     a: int
     b: int
+    step: int
     hyper: Hyper
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Small spans of one kind are updated together."""
         cohort = self.cohort
-        return self.entries.dtype, cohort["exp_avg"].dtype, "master" in cohort, cohort["step"], self.hyper
+        return self.entries.dtype, cohort["exp_avg"].dtype, "master" in cohort, self.step, self.hyper
 
     @property
     def size(self) -> int:
@@ -182,28 +183,26 @@ def update_(
             _step(waiting.pop(kind), scale, generator)
             del held[kind]
 
-    try:
-        for update in updates:
-            entries = flat(update.param)
-            most = CACHED if entries.is_cpu else CHUNK
-            for span in _spans_of(update, entries, states):
-                kind, size = span.kind, span.size
-                if size > (SMALL if isinstance(span.where, slice) else most):
-                    _step([span], scale, generator)
-                    continue
-                if kind in waiting and held[kind] + size > most:
-                    use([kind])
-                waiting.setdefault(kind, []).append(span)
-                held[kind] = held.get(kind, 0) + size
-            if not update.param.is_contiguous():  # its layout is not that of a vector
-                use(list(waiting))
-                update.param.detach().copy_(entries.view(update.param.shape))
-    finally:
-        use(list(waiting))
+    for update in updates:
+        entries = flat(update.param)
+        most = CACHED if entries.is_cpu else CHUNK
+        for span in _spans_of(update, entries, states):
+            kind, size = span.kind, span.size
+            if size > (SMALL if isinstance(span.where, slice) else most):
+                _step([span], scale, generator)
+                continue
+            if kind in waiting and held[kind] + size > most:
+                use([kind])
+            waiting.setdefault(kind, []).append(span)
+            held[kind] = held.get(kind, 0) + size
+        if not update.param.is_contiguous():  # its layout is not that of a vector
+            use(list(waiting))
+            update.param.detach().copy_(entries.view(update.param.shape))
+    use(list(waiting))
 
 
 def _spans_of(update: Update, entries: Tensor, states: str) -> Iterator[_Span]:
-    """The spans of a parameter; counts its steps and makes moments that are not there yet."""
+    """The spans of a parameter, with moments made that are not there yet."""
     part, dtype = update.part, working_dtype(entries.dtype)
     gradient = _pieces_of(update.grad, part.unit)
     lo = 0
@@ -212,12 +211,12 @@ def _spans_of(update: Update, entries: Tensor, states: str) -> Iterator[_Span]:
             _begin(cohort, part.unit, states, dtype, entries)
             if update.precision == "fp32-active" and dtype != entries.dtype:
                 cohort["master"] = _taken(entries, part, lo, cohort["count"]).to(dtype)
-        cohort["step"] += 1
-        rate = update.hyper.lr * min(1.0, cohort["step"] / (cohort["ramp"] or 1))
+        step = cohort["step"] + 1
+        rate = update.hyper.lr * min(1.0, step / (cohort["ramp"] or 1))
         hyper, start = update.hyper._replace(lr=rate), lo * part.unit
         for a, b, where in _spans(part, entries.numel(), lo, lo + cohort["count"]):
             piece = functools.partial(gradient, a, b, where)
-            yield _Span(entries, part.unit, where, piece, cohort, a - start, b - start, hyper)
+            yield _Span(entries, part.unit, where, piece, cohort, a - start, b - start, step, hyper)
         lo += cohort["count"]
 
 
@@ -257,7 +256,9 @@ def _step(spans: list[_Span], scale: float, generator: torch.Generator) -> None:
         stored = join([_at(span.entries, span.where, span.unit) for span in spans])
         weight = stored.to(dtype)
     mean, square = (_joined(spans, name, join, dtype) for name in _MOMENTS)
-    adamw_(weight, grad, mean, square, first.cohort["step"], first.hyper)
+    adamw_(weight, grad, mean, square, first.step, first.hyper)
+    for span in spans:
+        span.cohort["step"] = span.step
     _put_back(spans, "exp_avg", mean, join, generator)
     _put_back(spans, "exp_avg_sq", square, join, generator)
     if masters:

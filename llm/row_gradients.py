@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["RowGradients", "RowWatcher", "cover"]
 
@@ -86,6 +87,14 @@ def _factors(node: Any) -> list[Any] | None:
     return found
 
 
+def _is_product(node: Any) -> bool:
+    """Whether all factors are held; also False where their graph has been freed or a factor has been changed."""
+    try:
+        return _factors(node) is not None
+    except RuntimeError:
+        return False
+
+
 class _Matrix:
     """The product of some tensors as a matrix, a row for every token.
 
@@ -108,7 +117,7 @@ class _Matrix:
         self.scale: Any = None  # of the rows, shape (rows, 1)
         self.weight: Any = None  # of the columns, shape (columns,)
         self._full: list[Any] = []
-        self._rows, self._dtype = math.prod(shape[:-1]), dtype
+        self._rows, self._columns, self._dtype = math.prod(shape[:-1]), columns, dtype
         self._in_pieces = wide and base.is_cpu and not isinstance(base, FakeTensor)
         for factor in factors:
             movable = wide and factor is not base and columns > 1
@@ -142,7 +151,7 @@ class _Matrix:
         first, *more = self.pieces()
         out: Any
         if more:
-            out = left.new_zeros(left.shape[1], self._full[0].shape[1])
+            out = left.new_zeros(left.shape[1], self._columns)
             for rows in (first, *more):
                 out.addmm_(left[rows].t(), self.product(rows))
         else:
@@ -154,7 +163,7 @@ class _Matrix:
         out: Any = 0
         for rows in self.pieces():
             product = left[rows] * self.product(rows)
-            out = out + (product.sum(0) if self.scale is None else self.scale[rows].squeeze(1) @ product)
+            out = out + (product if self.scale is None else product.mul_(self.scale[rows])).sum(0)
         return out if self.weight is None else out.mul_(self.weight)
 
 
@@ -174,13 +183,25 @@ def _factor(node: Any, weight: Tensor) -> Any:
         return None
     for saved, (made_by, _) in zip((node._saved_other, node._saved_self), node.next_functions, strict=True):
         whole = _has_entries(saved) and saved.shape == weight.shape
-        if (
-            whole
-            and saved.untyped_storage()._cdata == weight.untyped_storage()._cdata
-            and _factors(made_by) is not None
-        ):
+        same = whole and saved.untyped_storage()._cdata == weight.untyped_storage()._cdata
+        if same and _is_product(made_by):
             return made_by
     return None
+
+
+def _scales_once(output: Any, weight: Tensor, inputs: Any) -> bool:
+    """Whether an output is a product with a weight that nothing else in its graph uses, down to the inputs."""
+    waiting: list[Any] = [output.grad_fn] if isinstance(output, Tensor) else []
+    known: set[Any] = {x.grad_fn for x in tree_leaves(inputs) if isinstance(x, Tensor)} | {None}
+    users: list[Any] = []
+    while waiting:
+        node = waiting.pop()
+        if node not in known:
+            known.add(node)
+            made_by = [before for before, _ in node.next_functions]
+            users += [node for before in made_by if getattr(before, "variable", None) is weight]
+            waiting += made_by
+    return users == [output.grad_fn] if users else False
 
 
 # -- functions -------------------------------------------------------------------------------------
@@ -195,7 +216,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         """What the layer computes."""
         ctx.shared = shared
-        ctx.made_by = x.grad_fn if _may_look() and _factors(x.grad_fn) is not None else None
+        ctx.made_by = x.grad_fn if _may_look() and _is_product(x.grad_fn) else None
         ctx.save_for_backward(None if ctx.made_by else x, weight, rows)
         return functional.linear(x, weight, bias)
 
@@ -377,7 +398,11 @@ class _Forward:
 
 
 class ScaleForward(_Forward):
-    """The forward of a module whose only parameter may scale its output: a norm."""
+    """The forward of a module whose only parameter may scale its output: a norm. The first call finds out."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.found = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes."""
@@ -387,6 +412,13 @@ class ScaleForward(_Forward):
             return plain()
         if weight._backward_hooks or not _may_look():
             return plain()
+        if not self.found:
+            output = plain()
+            self.found = _scales_once(output, weight, (args, kwargs))
+            if not self.found:
+                self.remove()
+                return output
+            del output
         weight.requires_grad_(False)  # so that autograd does not hold the other factor
         try:
             output = plain()

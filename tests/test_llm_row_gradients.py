@@ -390,6 +390,28 @@ def test_rows_behind_a_product_with_a_number():
     assert compared > 1
 
 
+@pytest.mark.parametrize("tokens", [5, 129, 300])
+def test_a_trained_number_comes_first(tokens):
+    """Autograd holds it as a tensor without dimensions, on the left."""
+    torch.manual_seed(0)
+    x = torch.randn(tokens, WIDTH, requires_grad=True)
+    number = torch.tensor(0.7, requires_grad=True)
+    for y in (number * functional.silu(x), 2 * number * x, number * (x.exp() * x.sin()), x.mean() * x):
+        matrix = row_gradients._Matrix(row_gradients._factors(y.grad_fn), y.shape, y.dtype)
+        expected = x.detach().t() @ y.detach()
+        torch.testing.assert_close(matrix.times(x.detach()), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_sums_in_a_backward_inside_autocast_stay_in_float32():
+    torch.manual_seed(0)
+    a, b, w = (torch.randn(size, requires_grad=True) for size in ((9_000, WIDTH), (9_000, WIDTH), (WIDTH,)))
+    y = w * ((a * b) * torch.rand(9_000, 1))
+    matrix = row_gradients._Matrix(row_gradients._factors(y.grad_fn), y.shape, y.dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = matrix.sums(y.detach())
+    torch.testing.assert_close(found, y.detach().square().sum(0), rtol=1e-5, atol=1e-5)
+
+
 def test_a_product_with_a_number_can_be_planned():
     rows = {"budget": 0.3, "granularity": "rows"}
     x = torch.empty(300, 16, device="meta")
@@ -421,6 +443,39 @@ def test_a_weight_of_tokens_is_not_taken_for_that_of_columns():
         model(x).square().sum().backward()
         torch.testing.assert_close(model[1].weight.grad, plain[1].weight.grad)
         optimizer.step()
+
+
+@pytest.mark.parametrize("form", ["twice", "by its norm", "detached", "shifted", "plain"])
+def test_a_weight_that_scales_in_other_ways_gets_its_gradient(form):
+    """Only a plain norm makes its factor again."""
+    forms = {
+        "twice": lambda w, x: w * (w * x),
+        "by its norm": lambda w, x: w * (x * w.norm()),
+        "detached": lambda w, x: w.detach() * (x * x) + w,
+        "shifted": lambda w, x: (1 + w) * (x * x),
+        "plain": lambda w, x: w * (x * x.square().mean(-1, keepdim=True).rsqrt()),
+    }
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return forms[form](self.weight, x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Odd(), nn.Linear(WIDTH, 3))
+    twin, x = copy.deepcopy(model), torch.randn(7, WIDTH)
+    optimizer = BlockLLM(model, 1e-2, budget=0.9, granularity="rows", always=("1",))
+    for _ in range(3):
+        twin.load_state_dict(model.state_dict())
+        for each in (model, twin):
+            each.zero_grad()
+            each(x).square().sum().backward()
+        torch.testing.assert_close(model[1].weight.grad, twin[1].weight.grad)
+        optimizer.step()
+    assert ("forward" in model[1].__dict__) == (form == "plain")
 
 
 def test_products_out_of_a_checkpoint_are_left_alone():
