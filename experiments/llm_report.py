@@ -29,8 +29,9 @@ NAN = float("nan")
 NOTES = (
     "Mean over the seeds ± half of its 95% t-interval. Differences: ± the wider half interval of two (over held-out "
     "examples, over seeds), bold outside both. After a rate, ! says that it is the smallest or largest that was tried, "
-    "? that some have not run yet. CPU s: a step and a switch, timed on a CPU with two threads, times their number. "
-    "x AdamW: tokens a CPU second over those of AdamW, whose steps were timed in turn with the method's. "
+    "? that some have not run yet. CPU s: a step and a switch, timed on a CPU with two threads, times their number; "
+    "steps of AdamW were timed in turn with them, and all are scaled to their median, so that times of different hours "
+    "compare. x AdamW: tokens a CPU second over those of AdamW in turn. "
     "Peak MB: counted on a CPU over all live tensors; on the GPU what PyTorch had allocated at most.\n"
 )
 
@@ -181,7 +182,18 @@ def entries(matrix: Matrix, runs: Runs, data: str) -> dict[str, Entry]:
         at_best = {seed: run for seed, unit in units.items() if (run := matrix.result(runs, unit))}
         memory, cost = (matrix.result(runs, matrix.unit(kind, data, method)) for kind in (MEMORY, COST))
         found[method] = Entry(tuned, at_best, memory, cost)
-    return found
+    return at_one_speed(found)
+
+
+def at_one_speed(found: dict[str, Entry]) -> dict[str, Entry]:
+    """CPU seconds as if all had been timed at once: AdamW's steps, which each had in turn, are set to their median."""
+    costs = {name: entry.cost for name, entry in found.items() if entry.cost}
+    usual = float(np.median([cost["adamw"] for cost in costs.values()])) if costs else NAN
+
+    def scaled(cost: Results) -> Results:
+        return cost | {key: cost[key] * usual / cost["adamw"] for key in ("step", "switch", "adamw")}
+
+    return found | {name: found[name]._replace(cost=scaled(cost)) for name, cost in costs.items()}
 
 
 def together(measure: Measure, first: Entry, second: Entry, cpu: bool = False) -> Results | None:

@@ -37,7 +37,7 @@ from experiments import (  # noqa: E402
 from experiments.llm_batches import Batch, Task  # noqa: E402
 from experiments.llm_common import COST, MEMORY, START, TRAIN, Matrix, Runs, Unit, run_missing  # noqa: E402
 from experiments.llm_methods import BUILDERS, PACKAGES, Method, layers, low_rank_groups  # noqa: E402
-from experiments.llm_report import ACCURACY, LOSS, MATTHEWS, Entry, at_cpu, interval, paired, summary  # noqa: E402
+from experiments.llm_report import ACCURACY, LOSS, MATTHEWS, Entry, at_cpu, at_one_speed, interval, paired, summary  # noqa: E402
 from experiments.llm_training import LiveBytes, carry_out, evaluated, lowest, measure, state_bytes, train  # noqa: E402
 from experiments.llm_tuning import Sequence, padded  # noqa: E402
 from llm import BlockLLM  # noqa: E402
@@ -371,6 +371,16 @@ def test_values_between_evaluations():
     assert at_cpu(LOSS, entry, run, None) == pytest.approx([2.0, 4.0])
     assert at_cpu(LOSS, entry, run, 5.0) is None
     assert at_cpu(LOSS, entry._replace(cost=None), run, 15.0) is None  # its time is not known
+
+
+def test_times_of_a_slow_hour_compare():
+    """What was timed while AdamW took twice as long counts half; what has no times stays as it is."""
+    quiet, busy = {"step": 3.0, "switch": 1.0, "tokens": 9, "adamw": 4.0}, {"step": 6.0, "switch": 2.0, "adamw": 8.0}
+    entries = {name: Entry(None, {}, None, cost) for name, cost in {"a": quiet, "b": busy, "c": None}.items()}
+    a, b, c = at_one_speed(entries).values()
+    assert a.cost == {"step": 4.5, "switch": 1.5, "tokens": 9, "adamw": 6.0}
+    assert b.cost == {"step": 4.5, "switch": 1.5, "adamw": 6.0}
+    assert c.cost is None
 
 
 # -- methods ------------------------------------------------------------------------------------
