@@ -179,6 +179,7 @@ def update_(
     held: dict[Any, int] = {}  # entries of these
 
     def use(kinds: Iterable[Any]) -> None:
+        """Update all that waits of some kinds."""
         for kind in kinds:
             _step(waiting.pop(kind), scale, generator)
             del held[kind]
