@@ -22,6 +22,7 @@ from llm.evaluate import classes_of, classifies, fitting_length
 from llm.interrupt import Interrupts
 from llm.peak import begin_peak, peak_memory
 from llm.recipe import Recipe
+from llm.rows import kind_of_file
 from llm.run_folder import RunFolder
 from llm.training import Show, Training, train
 
@@ -161,6 +162,8 @@ def _transformers() -> Any:
 
 def _prepare(recipe: Recipe, console: Console) -> tuple[Training, Any]:
     """Load model and data and make the optimizer; what is drawn depends on the seed alone."""
+    for path in filter(None, (recipe.data, recipe.eval_data)):
+        kind_of_file(path)  # before a model is looked for, which takes long
     with console.status(f"loading {recipe.model}"):
         model, tokenizer = load(recipe.model, recipe.dtype, recipe.device)
         recipe = replace(recipe, max_length=fitting_length(model, recipe.max_length))

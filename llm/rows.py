@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Message", "Row", "conversation", "labelled", "read_rows", "text_of"]
+__all__ = ["Message", "Row", "conversation", "kind_of_file", "labelled", "read_rows", "text_of"]
 
 Message = dict[str, str]  # role and content
 _PAIRS = (
@@ -67,18 +67,30 @@ def read_rows(path: str | Path, rename: Mapping[str, str] | None = None) -> list
         With file and line, if something cannot be read or there is no row.
     """
     path = Path(path)
-    kind = next((end for end in _READERS if path.name.lower().removesuffix(".gz").endswith(end)), None)
-    if kind is None:
-        raise ValueError(f"{path}: must end in {', '.join(_READERS)}, each also with .gz behind it")
-    rows = list(_READERS[kind](path, _content(path)))
+    rows = list(_READERS[kind_of_file(path)](path, _content(path)))
     if not rows:
         raise ValueError(f"{path}: holds no rows")
     return [_renamed(row, rename) for row in rows] if rename else rows
 
 
-def _content(path: Path) -> str:
+def kind_of_file(path: str | Path) -> str:
+    """The end of the name of a data file that is there, without ".gz".
+
+    Raises
+    ------
+    ValueError
+        If it has another end, or is no file.
+    """
+    path = Path(path)
+    kind = next((end for end in _READERS if path.name.lower().removesuffix(".gz").endswith(end)), None)
+    if kind is None:
+        raise ValueError(f"{path}: must end in {', '.join(_READERS)}, each also with .gz behind it")
     if not path.is_file():
         raise ValueError(f"{path}: {'is a folder; needs a file' if path.is_dir() else 'no such file'}")
+    return kind
+
+
+def _content(path: Path) -> str:
     raw = path.read_bytes()
     try:
         raw = gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw

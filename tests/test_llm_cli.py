@@ -115,6 +115,7 @@ def test_no_memory_says_what_helps(folder, tmp_path, monkeypatch):
             "--resume goes on with the settings of the run; drop --lr, --set",
         ),
         (["finetune", "-m", "MODEL", "-d", "nowhere.jsonl", "--out", "OUT"], "nowhere.jsonl: no such file"),
+        (["finetune", "-m", "no-model", "-d", "nowhere.jsonl", "--out", "OUT"], "nowhere.jsonl: no such file"),
         (["finetune", "-m", "nowhere.gguf", "-d", "DATA", "--out", "OUT"], "nowhere.gguf"),
         (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "OUT", "--method", "x"], "method must be one of blockllm"),
         (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "OUT", "--set", "rule"], "--set needs NAME=VALUE; found"),
