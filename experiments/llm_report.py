@@ -30,8 +30,8 @@ NOTES = (
     "Mean over the seeds ± half of its 95% t-interval. Differences: ± the wider half interval of two (over held-out "
     "examples, over seeds), bold outside both. After a rate, ! says that it is the smallest or largest that was tried, "
     "? that some have not run yet. CPU s: a step and a switch, timed on a CPU with two threads, times their number; "
-    "steps of AdamW were timed in turn with them, and all are scaled to their median, so that times of different hours "
-    "compare. x AdamW: tokens a CPU second over those of AdamW in turn. "
+    "steps of AdamW were timed in turn with them, in a process of its own, and all are scaled to their median, so that "
+    "times of different hours compare. x AdamW: tokens a CPU second over those of AdamW in turn. "
     "Peak MB: counted on a CPU over all live tensors; on the GPU what PyTorch had allocated at most.\n"
 )
 

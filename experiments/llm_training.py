@@ -3,19 +3,20 @@
 
 The seed decides the batches and their order, so that the methods see the same ones. Training runs on a CUDA device
 multiply float32 matrices in TF32. CPU seconds are those of the process in a few steps on a CPU (batches are made
-before), in turn with steps of AdamW. Memory is counted in a pass of its own on a CPU, since counting slows a run down:
-the bytes of every live tensor after each operation. Of a run on a CUDA device the most that PyTorch had allocated is
-noted as well.
+before), in turn with steps of AdamW in another process. Memory is counted in a pass of its own on a CPU, since counting
+slows a run down: the bytes of every live tensor after each operation. Of a run on a CUDA device the most that PyTorch
+had allocated is noted as well.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import math
+import multiprocessing
 import statistics
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_iter
 
 from experiments import llm_tasks
 from experiments.llm_batches import Batch, Task
-from experiments.llm_common import COST, CPU, MEMORY, START, Matrix, Unit
+from experiments.llm_common import COST, CPU, MEMORY, START, Matrix, Unit, end_with_parent
 from experiments.llm_methods import SHORT, Method, layers
 from experiments.llm_report import Measure, criterion
 from llm import BlockLLM
@@ -156,8 +157,15 @@ def start(task: Task) -> Results:
 # -- CPU seconds --------------------------------------------------------------------------------
 
 
-def cost(task: Task, method: Method, lr: float, seed: int) -> Results:
+def cost(task: Task, method: Method, lr: float, seed: int, adamw: Callable[[], float]) -> Results:
     """CPU seconds of a few steps, each followed by one of AdamW, so that a busy machine slows down both.
+
+    Parameters
+    ----------
+    task, method, lr, seed
+        Of the run.
+    adamw : callable
+        Takes a step of AdamW and returns its CPU seconds (:func:`adamw_beside`).
 
     Returns
     -------
@@ -165,13 +173,12 @@ def cost(task: Task, method: Method, lr: float, seed: int) -> Results:
         ``step`` and ``switch``: CPU seconds of a median step, and what one with a switch takes more; ``tokens`` of a
         step; ``adamw``: CPU seconds of AdamW's median step.
     """
-    peer, full = Method("adamw", ()).build(copy.deepcopy(task.model), PEER_RATE, seed, task.head)
     model, optimizer = method.with_timed_periods().build(task.model, lr, seed, task.head)
     torch.manual_seed(seed)
-    batch = sorted(task.batches, key=lambda b: b.inputs["input_ids"].numel())[len(task.batches) // 2]
+    batch = middle(task)
     pairs = []
     for _ in range(1 + method.timed_steps(len(task.batches), len(layers(model)))):
-        pairs.append([_seconds(model, optimizer, batch, lr), _seconds(peer, full, batch, PEER_RATE)])
+        pairs.append([_seconds(model, optimizer, batch, lr), adamw()])
     switched = {s["step"] for s in optimizer.report()["history"]} if isinstance(optimizer, BlockLLM) else set()
     plain = [own for k, (own, _) in enumerate(pairs[1:], 2) if k not in switched]
     others = [own for k, (own, _) in enumerate(pairs[1:], 2) if k in switched]
@@ -182,6 +189,59 @@ def cost(task: Task, method: Method, lr: float, seed: int) -> Results:
         "tokens": batch.tokens,
         "adamw": statistics.median(adamw for _, adamw in pairs[1:]),
     }
+
+
+def middle(task: Task) -> Batch:
+    """The batch of median size."""
+    return sorted(task.batches, key=lambda b: b.inputs["input_ids"].numel())[len(task.batches) // 2]
+
+
+@contextlib.contextmanager
+def adamw_beside(unit: Unit) -> Iterator[Callable[[], float]]:
+    """Steps of AdamW in a process of its own: a function that takes one and returns its CPU seconds.
+
+    In one process a method would find, or not find, the memory that the other has just freed.
+
+    Raises
+    ------
+    RuntimeError
+        By the function, if the process has failed, with what it said.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve_steps, args=(unit, there), daemon=True)
+    process.start()
+    there.close()
+
+    def step() -> float:
+        """Ask for one."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said is still there
+            here.send(None)
+        found = here.recv()
+        if isinstance(found, str):
+            raise RuntimeError(f"the process with AdamW's steps has failed: {found}")
+        return float(found)
+
+    try:
+        yield step
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve_steps(unit: Unit, pipe: Any) -> None:
+    """In a process: take a step of AdamW whenever asked, until the other end is closed. An error is sent in words."""
+    end_with_parent()
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        try:
+            task = llm_tasks.make(unit.data, unit.seed, max(1, unit.steps))
+            model, optimizer = Method("adamw", ()).build(task.model, PEER_RATE, unit.seed, task.head)
+            batch = middle(task)
+            while True:
+                pipe.recv()
+                pipe.send(_seconds(model, optimizer, batch, PEER_RATE))
+        except (OSError, ValueError, RuntimeError) as error:
+            pipe.send(f"{type(error).__name__}: {error}")
 
 
 def _seconds(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float) -> float:
@@ -332,7 +392,7 @@ def matrix_of(
     def settings(unit: Unit) -> Results:
         """All that a unit's result depends on besides itself."""
         own = {"method": every[unit.method].settings()} if unit.method else {}
-        own |= {"timed": "in turn with AdamW"} if unit.kind == COST else {}
+        own |= {"timed": "in turn with AdamW in a process of its own"} if unit.kind == COST else {}
         return {"task": llm_tasks.SETTINGS[unit.data]} | own
 
     return Matrix(
@@ -375,7 +435,8 @@ def carry_out(unit: Unit, methods: Mapping[str, Method]) -> Results:
         return start(task)
     method = methods[unit.method]
     if unit.kind == COST:
-        return cost(task, method, method.grid[0], unit.seed)
+        with adamw_beside(unit) as adamw:
+            return cost(task, method, method.grid[0], unit.seed, adamw)
     if unit.kind == MEMORY:
         return measure(task, method, method.grid[0], unit.seed)
     return train(task, method, unit.lr, unit.seed)

@@ -9,6 +9,8 @@ import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,13 +34,25 @@ from experiments import (  # noqa: E402
     llm_report,
     llm_small,
     llm_tasks,
+    llm_training,
     llm_tuning,
 )
 from experiments.llm_batches import Batch, Task  # noqa: E402
 from experiments.llm_common import COST, MEMORY, START, TRAIN, Matrix, Runs, Unit, run_missing  # noqa: E402
 from experiments.llm_methods import BUILDERS, PACKAGES, Method, layers, low_rank_groups  # noqa: E402
 from experiments.llm_report import ACCURACY, LOSS, MATTHEWS, Entry, at_cpu, at_one_speed, interval, paired, summary  # noqa: E402
-from experiments.llm_training import LiveBytes, carry_out, evaluated, lowest, measure, state_bytes, train  # noqa: E402
+from experiments.llm_training import (  # noqa: E402
+    PEER_RATE,
+    LiveBytes,
+    _seconds,
+    adamw_beside,
+    carry_out,
+    evaluated,
+    lowest,
+    measure,
+    state_bytes,
+    train,
+)
 from experiments.llm_tuning import Sequence, padded  # noqa: E402
 from llm import BlockLLM  # noqa: E402
 from llm.blocks import embeddings  # noqa: E402
@@ -734,8 +748,43 @@ def test_a_unit_is_carried_out(monkeypatch, capfd):
     assert carry_out(Unit(START, "toy"), methods)["points"][0]["step"] == 0
     assert carry_out(Unit(TRAIN, "toy", "AdamW", 1e-3, 0, 4), methods)["points"][0]["step"] == 4
     assert carry_out(Unit(MEMORY, "toy", "AdamW", 0.0, 0, 4), methods)["peak"] > 0
-    seconds = carry_out(Unit(COST, "toy", "AdamW", 0.0, 0, 4), methods)
+
+
+def thread_for_process(*, target, args, daemon):
+    """A process would not know what a test has put in place; like one it has its own copy of its end of the pipe."""
+    unit, pipe = args
+    return threading.Thread(target=target, args=(unit, Connection(os.dup(pipe.fileno()))), daemon=daemon)
+
+
+def test_steps_are_timed_in_turn_with_adamw_which_ends_with_them(monkeypatch):
+    started, stepped = [], []
+
+    def noted(model, optimizer, batch, lr):
+        stepped.append((threading.current_thread() is started[0], lr))
+        return _seconds(model, optimizer, batch, lr)
+
+    def process(**arguments):
+        started.append(thread_for_process(**arguments))
+        return started[0]
+
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: SimpleNamespace(Pipe=Pipe, Process=process))
+    monkeypatch.setattr(llm_training, "_seconds", noted)
+    monkeypatch.setitem(llm_tasks.TASKS, "toy", lambda seed, steps: toy_task(steps))
+    seconds = carry_out(Unit(COST, "toy", "AdamW", 0.0, 0, 4), {"AdamW": Method("adamw", (1e-3,))})
     assert min(seconds["step"], seconds["adamw"]) > 0
+    assert stepped[:4] == [(False, 1e-3), (True, PEER_RATE)] * 2
+    assert not started[0].is_alive()
+
+
+def test_a_process_of_adamw_that_fails_is_told(monkeypatch):
+    def failing(seed, steps):
+        raise FileNotFoundError("no data here")
+
+    context = SimpleNamespace(Pipe=Pipe, Process=thread_for_process)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setitem(llm_tasks.TASKS, "toy", failing)
+    with pytest.raises(RuntimeError, match="no data here"), adamw_beside(Unit(COST, "toy")) as adamw:
+        adamw()
 
 
 def test_steps_have_all_rows_once_a_round_in_batches_of_similar_length():
