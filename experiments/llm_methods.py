@@ -68,7 +68,7 @@ class Method:
         defaults: dict[str, Any] = {}
         if self.kind == "blockllm":
             arguments = inspect.signature(BlockLLM.__init__).parameters.values()
-            defaults = {a.name: a.default for a in arguments if a.default is not a.empty and a.name not in OWN}
+            defaults = {a.name: a.default for a in arguments if a.default is not a.empty and a.name not in UNNAMED}
         return {"kind": self.kind} | defaults | self.options
 
     def build(self, model: nn.Module, lr: float, seed: int = 0, head: Sequence[str] = ()) -> Built:
@@ -114,6 +114,7 @@ class Method:
 
 
 OWN = ("self", "params", "lr", "model", "seed", "weight_decay")  # set here, or by the unit
+UNNAMED = (*OWN, "cautious")  # at their defaults; the last came when there were results that do not name it
 
 
 # -- peers --------------------------------------------------------------------------------------

@@ -8,6 +8,10 @@ order are those of :class:`torch.optim.AdamW`)::
     m <- beta1 m + (1 - beta1) g,    v <- beta2 v + (1 - beta2) g^2
     w <- w - lr * m^ / (sqrt(v^) + eps),    m^ = m / (1 - beta1^t),  v^ = v / (1 - beta2^t)
 
+A cautious update (Liang, Chen, Liu, Liu, arXiv 2411.16085) leaves an entry where it is while m and g have opposite
+signs or one of them is 0. What moves, moves as far as before: the rescaling of the paper, by the share of such entries
+in a tensor, is left to the rate, so that an update does not depend on what is updated together.
+
 Everything works in place on float32 (or float64) tensors of one shape.
 """
 
@@ -44,6 +48,7 @@ class Hyper(NamedTuple):
     beta2: float
     eps: float
     weight_decay: float
+    cautious: bool = False
 
 
 def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, hyper: Hyper) -> None:
@@ -61,12 +66,19 @@ def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, st
     exp_avg.lerp_(grad, 1 - hyper.beta1)
     exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
     root = (1 - hyper.beta2**step) ** 0.5
-    weight.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / root).add_(hyper.eps), value=-hyper.lr / (1 - hyper.beta1**step))
+    mean = _agreeing(exp_avg, grad) if hyper.cautious else exp_avg
+    weight.addcdiv_(mean, (exp_avg_sq.sqrt() / root).add_(hyper.eps), value=-hyper.lr / (1 - hyper.beta1**step))
+
+
+def _agreeing(mean: Tensor, grad: Tensor) -> Tensor:
+    """``mean`` where its sign is that of the gradient, else 0."""
+    return mean * (mean.sign() == grad.sign())
 
 
 def adam_direction(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, hyper: Hyper) -> Tensor:
     """``m^ / (sqrt(v^) + eps)`` as step number ``step`` would have it after this gradient; changes nothing."""
     mean = torch.lerp(exp_avg, grad, 1 - hyper.beta1)
+    mean = _agreeing(mean, grad) if hyper.cautious else mean
     square = (exp_avg_sq * hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
     root = square.sqrt_().div_((1 - hyper.beta2**step) ** 0.5).add_(hyper.eps)
     return mean.div_(1 - hyper.beta1**step).div_(root)

@@ -52,6 +52,7 @@ class Settings:
     max_grad_norm: float | None
     in_backward: bool
     ramp: int
+    cautious: bool
     seed: int
 
     def checked(self) -> Settings:

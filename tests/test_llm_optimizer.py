@@ -49,6 +49,31 @@ def test_full_equals_adamw_step_for_step(schedule, grouped):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("granularity", ["rows", "tensor", "entries"])
+def test_cautious_entries_move_with_their_gradient_or_wait(granularity, in_backward):
+    """Never uphill, where momentum alone goes at times."""
+    uphill, share = {}, {}
+    for cautious in (False, True):
+        model, wrong, moved, active = net(), 0, 0, 0
+        optimizer = BlockLLM(
+            model, 1e-3, budget=0.5, granularity=granularity, cautious=cautious, in_backward=in_backward
+        )
+        for batch in batches(8):
+            twin = net()
+            twin.load_state_dict(model.state_dict())
+            loss_of(twin, batch).backward()
+            train(model, optimizer, [batch])
+            for ours, before in zip(model.parameters(), twin.parameters(), strict=True):
+                change = ours.detach() - before.detach()
+                wrong += int((change * before.grad > 1e-12).sum())
+                moved += int((change != 0).sum())
+            active += optimizer.report()["active entries"]
+        uphill[cautious], share[cautious] = wrong, moved / active
+    assert uphill[True] == 0 < uphill[False]
+    assert 0.4 < share[True] < share[False]
+
+
 @pytest.mark.parametrize("clip", [0.05, 10.0])
 def test_full_clips_like_torch(clip):
     a, b = net(), net()
