@@ -45,6 +45,7 @@ METHODS = {
     "GaLore r64": Method("galore", (1e-4, 3e-4, 1e-3), {"rank": 64, "scale": 1.0, "update_proj_gap": 200}),
 }
 EXTRAS = {
+    "AdamW, cautious": Method("blockllm", (5e-5, 1.5e-4, 5e-4), {"rule": "full", "cautious": True}),
     "BlockLLM rows 20%": Method("blockllm", (1e-4, 2e-4, 5e-4), ROWS | {"budget": 0.2}),
     "BlockLLM rows 1%": Method("blockllm", OURS_GRID, ROWS | {"budget": 0.01}),
     "BlockLLM rows, 8-bit, in backward": Method("blockllm", OURS_GRID, ROWS | {"states": "8bit", "in_backward": True}),
