@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from experiments import llm_report, llm_tasks
 from experiments.figures import panels, style, tidy
 from experiments.llm_common import START, Matrix, Runs, Unit, collect
-from experiments.llm_methods import Method
+from experiments.llm_methods import ROWS, Method
 from experiments.llm_report import LOSS, criterion, entries, together
 from experiments.llm_training import carry_out
 from experiments.tables import markdown
@@ -34,28 +34,29 @@ QUICK_STEPS = 3
 EXPECTED = {"addresses": 30.0, "gsm8k": 40.0}  # seconds of a run on a GPU where nothing is known yet
 RATES = {"addresses": 2e-3, "gsm8k": 5e-4}
 FULL_RATES = {"addresses": 1e-3, "gsm8k": 1e-4}
-CENTRE_OPTIONS = {"granularity": "rows", "budget": 0.05, "switch_every": 25}
+CENTRE_OPTIONS = ROWS | {"cautious": True}  # the named configuration
 CENTRE, ADAMW = "centre", "AdamW"
 TENSOR = {"granularity": "tensor"}
 
 CHANGES: tuple[dict[str, Any], ...] = (
+    {"cautious": False},
     {"granularity": "tensor"},
     {"granularity": "entries"},
     {"granularity": "layer"},
     {"switch_every": 5},
     {"switch_every": 10},
-    {"switch_every": 100},
-    {"switch_every": None},
+    {"switch_every": 25},
+    {"switch_every": 25, "moments": "keep"},
     {"switch_every": None, "patience": 5},
-    {"moments": "keep"},
     {"ramp": 0},
     {"ramp": 30},
+    {"score": "grad"},
     {"score": "adam"},
-    {"per_parameter": True},
-    {"score": "l1", "per_parameter": True},
+    {"per_parameter": False},
+    {"score": "grad", "per_parameter": False},
     {"rule": "random"},
-    {"visit_power": 0.0},
-    {"visit_power": 2.0},
+    {"switch_every": 25, "visit_power": 0.0},
+    {"switch_every": 25, "visit_power": 2.0},
     {"reach": 1.0},
     {"reach": 2.0},
     {"reach": 4.0},
@@ -63,15 +64,16 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"embeddings": "never"},
     {"budget": 0.01},
     {"budget": 0.2},
+    {"states": "fp32"},
     {"states": "8bit"},
     {"inactive": "sign"},
     TENSOR | {"mask": False},
-    TENSOR | {"per_parameter": True},
-    TENSOR | {"rule": "cyclic"},
-    {"granularity": "layer", "rule": "cyclic"},
-    TENSOR | {"rule": "random"},
-    TENSOR | {"rule": "importance"},
-    TENSOR | {"rule": "half", "budget": 0.5},
+    TENSOR | {"per_parameter": False},
+    TENSOR | {"rule": "cyclic", "switch_every": 25},
+    {"granularity": "layer", "rule": "cyclic", "switch_every": 25},
+    TENSOR | {"rule": "random", "switch_every": 25},
+    TENSOR | {"rule": "importance", "switch_every": 25},
+    TENSOR | {"rule": "half", "budget": 0.5, "switch_every": 25},
 )
 
 

@@ -120,11 +120,15 @@ class Runs:
         return next((line for line in reversed(self._of.get(unit, [])) if line["settings"] == settings), None)
 
     def seconds(self, unit: Unit) -> float | None:
-        """The longest time that a unit of the same kind, data, method and number of steps took; else of any method."""
+        """The longest time that a unit of the same kind, data, method and number of steps took; else of any method.
+
+        What ran on a CPU says nothing about a GPU, and the other way round.
+        """
         took: dict[str, list[float]] = {}
         for other, lines in self._of.items():
             if (other.kind, other.data, other.steps) == (unit.kind, unit.data, unit.steps):
-                took.setdefault(other.method, []).extend(line["made"]["seconds"] for line in lines)
+                alike = [line["made"]["seconds"] for line in lines if ("gpu" in line["made"]) == (unit.device != CPU)]
+                took.setdefault(other.method, []).extend(alike)
         mine = took.get(unit.method) or [value for values in took.values() for value in values]
         return max(mine, default=None)
 

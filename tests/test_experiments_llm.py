@@ -30,6 +30,7 @@ from experiments import (  # noqa: E402
     llm_files,
     llm_finetune,
     llm_glue,
+    llm_gpu,
     llm_pretrain,
     llm_report,
     llm_small,
@@ -250,6 +251,15 @@ def test_times_of_runs_come_from_the_same_method_first(tmp_path):
     done(runs, unit, 1.0, seconds=4.0)
     assert runs.seconds(unit._replace(lr=2.0)) == 4.0
     assert runs.seconds(unit._replace(steps=50)) is None
+
+
+def test_times_of_another_device_say_nothing(tmp_path, monkeypatch):
+    runs, unit = Runs(tmp_path / "runs.jsonl"), Unit(TRAIN, "a", "x", 1.0, 0, 5)
+    done(runs, unit, 1.0, seconds=900.0)
+    runs.append({"unit": unit._asdict(), "settings": {}, "made": {"seconds": 9.0, "gpu": "a card"}, "result": {}})
+    assert runs.seconds(unit) == 900.0
+    monkeypatch.setenv("LLM_DEVICE", "cuda")
+    assert runs.seconds(unit) == 9.0
 
 
 def test_a_worker_hands_its_result_over(monkeypatch):
@@ -711,6 +721,42 @@ def test_pairs_and_memory_of_the_report(everyone, tmp_path):
     assert data["equal_memory"]["AdamW"] is None  # needs less than all of ours
     assert data["equal_memory"]["BAdam"]["ours"] == "BlockLLM rows"
     assert data["methods"]["GaLore r64"]["lr"] < 5e-4  # the others diverged
+
+
+# -- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_gpu_experiment_needs_one():
+    with pytest.raises(FileNotFoundError, match="llm_gpu needs a CUDA device"):
+        llm_gpu.run(quick=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["adamw", "badam", "blockllm"])
+def test_steps_and_switches_are_timed_apart(kind, monkeypatch):
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000)
+    task = toy_task(1)
+    before = [p.clone() for p in task.model.parameters()]
+    found = llm_gpu.timed(task, method_of(kind), "bfloat16", 3)
+    assert all(torch.equal(p, q) for p, q in zip(before, task.model.parameters(), strict=True))
+    assert found["tokens"] == 3 * task.batches[0].tokens
+    assert len(found["all"]) >= llm_gpu.WARM_UP + llm_gpu.STEPS
+    assert min(found["all"]) < found["step"] < max(found["all"])
+    assert (found["switch"] != 0) == (kind == "blockllm")
+
+
+def test_the_table_of_the_gpu_has_both_times_of_adamw():
+    own = {"dtype": "float32", "copies": 1, "switch": 0.0, "allocated": 2e6}
+    rows = [own | {"method": "AdamW", "step": 0.010}, own | {"method": "x", "step": 0.008, "switch": 0.001}]
+    rows.append(own | {"method": "AdamW", "step": 0.014})
+    results = {"steps": rows, "device": {"gpu": "a card", "cuda": "1", "torch": "2"}, "threads": "1"}
+    found = llm_gpu.tables(results)
+    assert "| AdamW | 10.0 and 14.0 | - | 1.00 | 2 |" in found["float32_1"]
+    assert "| x | 8.0 | 1.0 | 1.50 | 2 |" in found["float32_1"]
+    assert "a card" in found["runs"]
 
 
 def test_every_variant_of_the_ablation_is_one():

@@ -97,6 +97,56 @@ def test_autocast_and_the_scaler(granularity, cast):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("states", ["fp32", "bf16", "8bit"])
+@pytest.mark.parametrize("granularity", ["tensor", "rows", "entries"])
+def test_cautious_updates(granularity, states):
+    """As on a CPU: the first steps are equal, and the loss falls."""
+    own = {"granularity": granularity, "states": states, "score": "l1"}
+    losses = {}
+    for device in ("cpu", "cuda"):
+        model = net().to(device)
+        optimizer = BlockLLM(model, 1e-2, budget=0.3, switch_every=10, cautious=True, **own)
+        data = batches(1) * 40
+        losses[device] = train(model, optimizer, data if device == "cpu" else there(data))
+    assert losses["cuda"][:3] == pytest.approx(losses["cpu"][:3], rel=1e-3)
+    assert losses["cuda"][-1] < 0.7 * losses["cuda"][0]
+
+
+@pytest.mark.parametrize("inactive", ["sign", "sgd", "spectral"])
+@pytest.mark.parametrize("granularity", ["tensor", "rows"])
+def test_inactive_entries_move_as_on_a_cpu(granularity, inactive):
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = net().to(device)
+        optimizer = BlockLLM(model, 1e-2, budget=0.3, switch_every=4, granularity=granularity, inactive=inactive)
+        data = batches(9)
+        train(model, optimizer, data if device == "cpu" else there(data))
+        found[device] = [p.detach().cpu() for p in model.parameters()]
+    for here, far in zip(found["cpu"], found["cuda"], strict=True):
+        torch.testing.assert_close(far, here, rtol=1e-2, atol=2e-3)
+
+
+def test_rows_of_a_llama_as_on_a_cpu():
+    """Gradients of active rows alone, behind norms and gated units, with the census of rows."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**shape, vocab_size=96, tie_word_embeddings=True, use_cache=False)
+    ids = tokens(10, rows=8, length=24, vocabulary=96)
+    losses = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).to(device)
+        optimizer = BlockLLM(model, 1e-3, budget=0.2, switch_every=4, score="l1", per_parameter=True, cautious=True)
+        losses[device] = []
+        for x in (x.to(device) for x in ids):
+            optimizer.zero_grad()
+            loss = model(input_ids=x, labels=x).loss
+            loss.backward()
+            optimizer.step()
+            losses[device].append(loss.item())
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
 def test_full_equals_adamw():
     found = []
     for ours in (True, False):

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A step of SmolLM2-135M on a CUDA device: its time and its memory, BlockLLM beside AdamW, LoRA and BAdam.
+
+Each method takes a few steps on one batch of GSM8K (and on eight copies of it), the first ones not timed, from the same
+weights. A step is the whole of it: forward, backward, update, and the copy of the loss to the host, between two
+synchronisations. Switches, which BlockLLM makes every few steps here, are timed apart. BAdam is timed once in each of
+its layers. Float32 products are TF32. AdamW is timed once more at the end: what differs from its first time is noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from experiments import llm_tasks
+from experiments.llm_batches import Batch, Task
+from experiments.llm_common import where
+from experiments.llm_finetune import METHODS
+from experiments.llm_methods import Method, layers
+from experiments.llm_training import moved, update
+from experiments.tables import markdown
+from llm import BlockLLM
+
+TITLE = "A step of SmolLM2-135M on a GPU: BlockLLM beside AdamW, LoRA, BAdam"
+SEED = 0
+NAMES = (
+    "AdamW",
+    "LoRA r8",
+    "BAdam",
+    "BlockLLM rows, cautious",
+    "BlockLLM rows 15%, 8-bit",
+    "BlockLLM tensors",
+    "BlockLLM entries",
+    "AdamW",
+)
+CASES = (("float32", 1), ("bfloat16", 1), ("bfloat16", 8))  # of the weights; copies of the batch
+WARM_UP, STEPS = 3, 15
+RATE = 1e-5
+
+Results = dict[str, Any]
+
+
+def run(quick: bool) -> Results:
+    """Time every method in every case; quick: two methods in one case.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise FileNotFoundError("llm_gpu needs a CUDA device, and PyTorch sees none here")
+    llm_tasks.check(("gsm8k",))
+    task = moved(llm_tasks.make("gsm8k", SEED, 1), "cuda")
+    names, cases = (NAMES[:2], CASES[:1]) if quick else (NAMES, CASES)
+    found = [
+        {"dtype": dtype, "copies": copies, "method": name} | timed(task, METHODS[name], dtype, copies)
+        for dtype, copies in cases
+        for name in names
+        if METHODS[name].installed
+    ]
+    return {"steps": found, "device": where("cuda") | {"torch": torch.__version__}, "threads": threads()}
+
+
+def threads() -> str:
+    """Of the host."""
+    return os.environ.get("OMP_NUM_THREADS", f"all {os.cpu_count()}")
+
+
+def timed(task: Task, method: Method, dtype: str, copies: int) -> Results:
+    """Seconds of a median step and what a switch takes more; tokens of a step; bytes allocated at most.
+
+    Parameters
+    ----------
+    task : Task
+        On the device; its model is copied.
+    method : Method
+    dtype : str
+        Of the weights.
+    copies : int
+        How often the batch is repeated.
+    """
+    model = copy.deepcopy(task.model).to(getattr(torch, dtype))
+    model, optimizer = method.with_timed_periods().build(model, RATE, SEED)
+    one = task.batches[0]
+    batch = Batch({name: value.repeat(copies, 1) for name, value in one.inputs.items()}, one.tokens * copies)
+    times = []
+    for step in range(WARM_UP + max(STEPS, method.timed_steps(STEPS, len(layers(model))))):
+        if step == WARM_UP:
+            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        update(model, optimizer, batch, RATE)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    switched = {s["step"] for s in optimizer.report()["history"]} if isinstance(optimizer, BlockLLM) else set()
+    plain = [seconds for k, seconds in enumerate(times[WARM_UP:], WARM_UP + 1) if k not in switched]
+    others = [seconds for k, seconds in enumerate(times[WARM_UP:], WARM_UP + 1) if k in switched]
+    median = statistics.median(plain)
+    return {
+        "step": median,
+        "switch": statistics.median(others) - median if others else 0.0,
+        "tokens": batch.tokens,
+        "allocated": torch.cuda.max_memory_allocated(),
+        "all": times,
+    }
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def steps_table(results: Results, dtype: str, copies: int) -> str:
+    """A row for every method in one case; AdamW's two times as its range."""
+    found = [row for row in results["steps"] if (row["dtype"], row["copies"]) == (dtype, copies)]
+    peer = [row["step"] for row in found if row["method"] == "AdamW"]
+    rows = []
+    for name in dict.fromkeys(row["method"] for row in found):
+        mine = [row for row in found if row["method"] == name]
+        step = statistics.median(row["step"] for row in mine)
+        rows.append(
+            [
+                name,
+                " and ".join(f"{1e3 * row['step']:.1f}" for row in mine),
+                f"{1e3 * mine[0]['switch']:.1f}" if mine[0]["switch"] else "-",
+                f"{statistics.median(peer) / step:.2f}",
+                f"{max(row['allocated'] for row in mine) / 1e6:,.0f}",
+            ]
+        )
+    return markdown(["method", "ms a step", "a switch, more", "x AdamW", "peak MB"], rows)
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Markdown by name: one for every case, and runs."""
+    device = results["device"]
+    text = f"*{device['gpu']}, CUDA {device['cuda']}, PyTorch {device['torch']}, OMP_NUM_THREADS {results['threads']}*"
+    cases = dict.fromkeys((row["dtype"], row["copies"]) for row in results["steps"])
+    return {f"{dtype}_{copies}": steps_table(results, dtype, copies) for dtype, copies in cases} | {"runs": text}
