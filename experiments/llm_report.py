@@ -32,7 +32,8 @@ NOTES = (
     "? that some have not run yet. CPU s: a step and a switch, timed on a CPU with two threads, times their number; "
     "steps of AdamW were timed in turn with them, in a process of its own, and all are scaled to their median, so that "
     "times of different hours compare. x AdamW: tokens a CPU second over those of AdamW in turn. "
-    "Peak MB: counted on a CPU over all live tensors; on the GPU what PyTorch had allocated at most.\n"
+    "Peak MB: counted on a CPU over all live tensors; on the GPU what PyTorch had allocated at most, the least of "
+    "its runs (in some of them the model of an earlier run was still there).\n"
 )
 
 Results = dict[str, Any]
@@ -155,12 +156,16 @@ def paired(first: np.ndarray, second: np.ndarray) -> Results:
 
 
 class Entry(NamedTuple):
-    """A method on a data set: its rates, its runs at the best one by seed, its memory, and its CPU seconds."""
+    """A method on a data set: its rates, its runs at the best one by seed, its memory, and its CPU seconds.
+
+    ``allocated``: bytes at most on a GPU, the least of all its runs; nan if none was made there.
+    """
 
     tuned: Tuned
     runs: dict[int, Results]
     memory: Results | None
     cost: Results | None
+    allocated: float = NAN
 
     def cpu(self, run: Results, step: int) -> float:
         """CPU seconds of a run's first steps: those of a median step, and what every switch adds."""
@@ -181,7 +186,9 @@ def entries(matrix: Matrix, runs: Runs, data: str) -> dict[str, Entry]:
         units = {seed: matrix.unit(TRAIN, data, method, best, seed) for seed in matrix.seeds[data]}
         at_best = {seed: run for seed, unit in units.items() if (run := matrix.result(runs, unit))}
         memory, cost = (matrix.result(runs, matrix.unit(kind, data, method)) for kind in (MEMORY, COST))
-        found[method] = Entry(tuned, at_best, memory, cost)
+        tried = [matrix.result(runs, matrix.unit(TRAIN, data, method, lr)) for lr in tuned.tried]
+        allocated = [run["allocated"] for run in (*tried, *at_best.values()) if run and run.get("allocated")]
+        found[method] = Entry(tuned, at_best, memory, cost, min(allocated, default=NAN))
     return at_one_speed(found)
 
 
@@ -296,7 +303,7 @@ def row(measure: Measure, entry: Entry) -> Results:
     sound = [run for run in entry.runs.values() if not run["diverged"]]
     seconds = [entry.cpu(run, run["points"][-1]["step"]) for run in sound]
     first = next(iter(entry.runs.values()))
-    memory = (entry.memory or {}) | {"allocated": max((run["allocated"] for run in sound), default=0) or float("nan")}
+    memory = (entry.memory or {}) | {"allocated": entry.allocated}
     steps = first["points"][-1]["step"] if first["points"] else 0
     return {
         "tried": {f"{lr:g}": measure.sign * value for lr, value in entry.tuned.tried.items()},

@@ -11,6 +11,7 @@ had allocated is noted as well.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import multiprocessing
 import statistics
@@ -429,6 +430,7 @@ def carry_out(unit: Unit, methods: Mapping[str, Method]) -> Results:
     """The result of a unit."""
     task = llm_tasks.make(unit.data, unit.seed, max(1, unit.steps))
     if unit.device != CPU:
+        gc.collect()  # a model of an earlier unit of this process may still be in a cycle of references
         _allocated()
         task = moved(task, unit.device)
     if unit.kind == START:
