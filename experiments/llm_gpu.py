@@ -3,13 +3,16 @@
 
 Each method takes a few steps on one batch of GSM8K (and on eight copies of it), the first ones not timed, from the same
 weights. A step is the whole of it: forward, backward, update, and the copy of the loss to the host, between two
-synchronisations. Switches, which BlockLLM makes every few steps here, are timed apart. BAdam is timed once in each of
-its layers. Float32 products are TF32. AdamW is timed once more at the end: what differs from its first time is noise.
+synchronisations. Switches, which BlockLLM makes every few steps here, are timed apart. BAdam goes once through all of
+its layers with its own switches, and its step is their mean, the switches included. Float32 products are TF32. AdamW is
+timed once more at the end: what differs from its first time is noise.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
+import math
 import os
 import statistics
 import time
@@ -56,7 +59,8 @@ def run(quick: bool) -> Results:
     if not torch.cuda.is_available():
         raise FileNotFoundError("llm_gpu needs a CUDA device, and PyTorch sees none here")
     llm_tasks.check(("gsm8k",))
-    task = moved(llm_tasks.make("gsm8k", SEED, 1), "cuda")
+    task = llm_tasks.make("gsm8k", SEED, 1)
+    task = moved(task, "cuda")._replace(model=task.model.cpu())  # what is measured is a copy on the device
     names, cases = (NAMES[:2], CASES[:1]) if quick else (NAMES, CASES)
     found = [
         {"dtype": dtype, "copies": copies, "method": name} | timed(task, METHODS[name], dtype, copies)
@@ -73,38 +77,46 @@ def threads() -> str:
 
 
 def timed(task: Task, method: Method, dtype: str, copies: int) -> Results:
-    """Seconds of a median step and what a switch takes more; tokens of a step; bytes allocated at most.
+    """Seconds of a step and what a switch takes more; tokens of a step; bytes allocated at most.
 
     Parameters
     ----------
     task : Task
-        On the device; its model is copied.
+        Its batches are on the device, and its model, which is copied there, is not.
     method : Method
     dtype : str
         Of the weights.
     copies : int
         How often the batch is repeated.
     """
-    model = copy.deepcopy(task.model).to(getattr(torch, dtype))
-    model, optimizer = method.with_timed_periods().build(model, RATE, SEED)
+    gc.collect()  # the model before may be in a cycle of references
     one = task.batches[0]
+    model = copy.deepcopy(task.model).to(one.inputs["input_ids"].device, getattr(torch, dtype))
+    steps = STEPS
+    if method.kind == "badam":
+        steps = method.options["switch_every"] * len(layers(model))
+    else:
+        method = method.with_timed_periods()
+    model, optimizer = method.build(model, RATE, SEED)
     batch = Batch({name: value.repeat(copies, 1) for name, value in one.inputs.items()}, one.tokens * copies)
     times = []
-    for step in range(WARM_UP + max(STEPS, method.timed_steps(STEPS, len(layers(model))))):
+    for step in range(WARM_UP + steps):
         if step == WARM_UP:
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        update(model, optimizer, batch, RATE)
+        loss = update(model, optimizer, batch, RATE)
         torch.cuda.synchronize()
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss must be finite while steps are timed; found {loss} with {dtype}")
         times.append(time.perf_counter() - began)
     switched = {s["step"] for s in optimizer.report()["history"]} if isinstance(optimizer, BlockLLM) else set()
     plain = [seconds for k, seconds in enumerate(times[WARM_UP:], WARM_UP + 1) if k not in switched]
     others = [seconds for k, seconds in enumerate(times[WARM_UP:], WARM_UP + 1) if k in switched]
-    median = statistics.median(plain)
+    usual = statistics.mean(plain) if method.kind == "badam" else statistics.median(plain)
     return {
-        "step": median,
-        "switch": statistics.median(others) - median if others else 0.0,
+        "step": usual,
+        "switch": statistics.median(others) - usual if others else 0.0,
         "tokens": batch.tokens,
         "allocated": torch.cuda.max_memory_allocated(),
         "all": times,

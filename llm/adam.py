@@ -8,9 +8,9 @@ order are those of :class:`torch.optim.AdamW`)::
     m <- beta1 m + (1 - beta1) g,    v <- beta2 v + (1 - beta2) g^2
     w <- w - lr * m^ / (sqrt(v^) + eps),    m^ = m / (1 - beta1^t),  v^ = v / (1 - beta2^t)
 
-A cautious update (Liang, Chen, Liu, Liu, arXiv 2411.16085) leaves an entry where it is while m and g have opposite
-signs or one of them is 0. What moves, moves as far as before: the rescaling of the paper, by the share of such entries
-in a tensor, is left to the rate, so that an update does not depend on what is updated together.
+A cautious update (Liang, Chen, Liu, Liu, arXiv 2411.16085) leaves an entry where it is, but for weight decay, while m
+and g have opposite signs or one of them is 0. What moves, moves as far as before: the rescaling of the paper, by the
+share of such entries in a tensor, is left to the rate, so that an update does not depend on what is updated together.
 
 Everything works in place on float32 (or float64) tensors of one shape.
 """
@@ -67,7 +67,7 @@ def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, st
     exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
     root = (1 - hyper.beta2**step) ** 0.5
     mean = _agreeing(exp_avg, grad) if hyper.cautious else exp_avg
-    weight.addcdiv_(mean, (exp_avg_sq.sqrt() / root).add_(hyper.eps), value=-hyper.lr / (1 - hyper.beta1**step))
+    weight.addcdiv_(mean, exp_avg_sq.sqrt().div_(root).add_(hyper.eps), value=-hyper.lr / (1 - hyper.beta1**step))
 
 
 def _agreeing(mean: Tensor, grad: Tensor) -> Tensor:

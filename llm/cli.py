@@ -276,14 +276,15 @@ def plan(
     options: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict the peak memory of training with BlockLLM, and the largest budget that fits; loads no weights."""
+    """Predict the peak memory of finetune with method blockllm, and the largest budget that fits; loads no weights."""
     with _errors():
         from dataclasses import asdict
 
         from llm.finetune import load_config
+        from llm.methods import NAMED
         from llm.plan import plan as predict
 
-        asked = _options(options) | ({} if budget is None else {"budget": _budget(budget)})
+        asked = NAMED | _options(options) | ({} if budget is None else {"budget": _budget(budget)})
         ways = None if checkpointing is None else (checkpointing,)
         with _console(as_json).status("simulating steps"):
             config = load_config(model, dtype)

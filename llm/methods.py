@@ -31,7 +31,10 @@ from torch.optim import AdamW, Optimizer
 from llm.blocks import Blocks
 from llm.optimizer import BlockLLM
 
-__all__ = ["METHODS", "Method", "default_lr", "make", "plain"]
+__all__ = ["METHODS", "NAMED", "Method", "default_lr", "make", "plain"]
+
+# What the comparisons call "BlockLLM rows, cautious", apart from defaults of the optimizer.
+NAMED: dict[str, Any] = {"score": "l1", "per_parameter": True, "states": "bf16", "cautious": True}
 
 
 class Asked(NamedTuple):
@@ -143,8 +146,8 @@ def _blockllm(asked: Asked, **defaults: Any) -> tuple[nn.Module, Optimizer]:
 
 
 def _greedy(asked: Asked) -> tuple[nn.Module, Optimizer]:
-    """The configuration that the comparisons call "BlockLLM rows, cautious"; options of the run come before it."""
-    return _blockllm(asked, score="l1", per_parameter=True, states="bf16", cautious=True)
+    """:data:`NAMED`; options of the run come before it."""
+    return _blockllm(asked, **NAMED)
 
 
 def _adamw(asked: Asked) -> tuple[nn.Module, Optimizer]:

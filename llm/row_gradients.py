@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -63,7 +64,8 @@ class RowWatcher(Protocol):
 
 # -- inputs that are products ----------------------------------------------------------------------
 
-TOGETHER = 128  # rows of a product that are made at a time on a CPU, so that they stay in its caches
+TOGETHER = 2**20  # entries of a product that are made at a time on a CPU: little memory, and few regions of threads
+_scratch = threading.local()  # .tensor: where they are made, since fresh memory takes longer than a multiplication
 
 
 def _factors(node: Any) -> list[Any] | None:
@@ -99,7 +101,7 @@ class _Matrix:
     """The product of some tensors as a matrix, a row for every token.
 
     In float32 a factor that is the same in a whole row or column (what a norm divides by, the weight of a norm) goes
-    to the other side of a matrix product; on a CPU what remains is multiplied a few rows at a time, unless it is asked
+    to the other side of a matrix product; on a CPU what remains is multiplied some rows at a time, unless it is asked
     for again. Low precision multiplies as the model did, and sums as a matrix product does.
 
     Parameters
@@ -119,6 +121,7 @@ class _Matrix:
         self._full: list[Any] = []
         self._rows, self._columns, self._dtype = math.prod(shape[:-1]), columns, dtype
         self._in_pieces = wide and base.is_cpu and not isinstance(base, FakeTensor)
+        self._reuses = self._in_pieces and all(_is_plain(factor, dtype) for factor in factors)
         for factor in factors:
             movable = wide and factor is not base and columns > 1
             if not _has_entries(factor):
@@ -137,13 +140,18 @@ class _Matrix:
         if not self._in_pieces and len(self._full) > 1:
             self._full = [functools.reduce(operator.mul, self._full)]
         self._in_pieces = False
-        step = TOGETHER if len(self._full) > 1 else max(1, self._rows)
+        step = max(1, TOGETHER // self._columns if len(self._full) > 1 else self._rows)
         return [slice(start, start + step) for start in range(0, max(1, self._rows), step)]
 
     def product(self, rows: slice) -> Tensor:
-        """Some rows of what is multiplied."""
-        factors = (factor[rows] if _has_entries(factor) else factor for factor in self._full)
-        return functools.reduce(operator.mul, factors).to(self._dtype)
+        """Some rows of what is multiplied; on a CPU up to the next call in this thread, if it is made in pieces."""
+        factors = [factor[rows] if _has_entries(factor) else factor for factor in self._full]
+        if not self._reuses or torch.is_grad_enabled() or len(factors) < 2:
+            return functools.reduce(operator.mul, factors).to(self._dtype)
+        factors.sort(key=_has_entries, reverse=True)
+        first, second, *more = factors
+        out = torch.mul(first, second, out=_reused(first.shape, self._dtype))
+        return functools.reduce(Tensor.mul_, more, out)
 
     def times(self, left: Tensor) -> Tensor:
         """``left' @ self``, shape (columns of left, columns)."""
@@ -167,9 +175,22 @@ class _Matrix:
         return out if self.weight is None else out.mul_(self.weight)
 
 
+def _reused(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape in the memory that this thread keeps for it."""
+    size, held = math.prod(shape), getattr(_scratch, "tensor", None)
+    if held is None or held.dtype != dtype or held.numel() < size:
+        held = _scratch.tensor = torch.empty(size, dtype=dtype)
+    return held[:size].view(shape)
+
+
 def _has_entries(factor: Any) -> bool:
     """Whether it is more than a number."""
     return isinstance(factor, Tensor) and factor.dim() > 0
+
+
+def _is_plain(factor: Any, dtype: torch.dtype) -> bool:
+    """Whether it is a number, or a tensor of this type and no subclass of one."""
+    return not _has_entries(factor) or (factor.dtype == dtype and type(factor) in (Tensor, nn.Parameter))
 
 
 def _may_look() -> bool:

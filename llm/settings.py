@@ -66,6 +66,9 @@ class Settings:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; found {getattr(self, name)!r}")
+        for name in ("per_parameter", "mask", "in_backward", "cautious"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; found {getattr(self, name)!r}")
         for name in ("patience", "switch_every"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

@@ -743,7 +743,8 @@ def test_steps_and_switches_are_timed_apart(kind, monkeypatch):
     found = llm_gpu.timed(task, method_of(kind), "bfloat16", 3)
     assert all(torch.equal(p, q) for p, q in zip(before, task.model.parameters(), strict=True))
     assert found["tokens"] == 3 * task.batches[0].tokens
-    assert len(found["all"]) >= llm_gpu.WARM_UP + llm_gpu.STEPS
+    timed = 10 * 2 if kind == "badam" else llm_gpu.STEPS  # BAdam: both of its layers, ten steps each
+    assert len(found["all"]) == llm_gpu.WARM_UP + timed
     assert min(found["all"]) < found["step"] < max(found["all"])
     assert (found["switch"] != 0) == (kind == "blockllm")
 
@@ -763,6 +764,12 @@ def test_every_variant_of_the_ablation_is_one():
     """None of them is the centre under another name (a default that changed, say), or another variant."""
     known = [json.dumps(method.settings(), sort_keys=True) for method in llm_ablation.METHODS.values()]
     assert len(set(known)) == len(known)
+
+
+def test_what_matters_after_a_switch_is_changed_where_there_is_one():
+    for change in llm_ablation.CHANGES:
+        if change.keys() & {"ramp", "census", "moments", "visit_power"}:
+            assert change["switch_every"] < min(llm_ablation.STEPS.values())
 
 
 def test_the_ablation_compares_with_its_centre(tmp_path):

@@ -17,6 +17,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from llm import cli, demo, hf  # noqa: E402
 from llm.interrupt import Interrupts  # noqa: E402
+from llm.methods import NAMED  # noqa: E402
 from llm.plan import Plan  # noqa: E402
 from llm.training import Training  # noqa: E402
 
@@ -234,7 +235,8 @@ def test_plan_passes_on_what_is_asked(configured, monkeypatch):
     assert json.loads(done.stdout) == {"memory": 7, "parameters": 5, "cases": []}
     ((config, batch, options),) = asked
     assert (config.dtype, config.hidden_size, batch) == (torch.bfloat16, 16, (3, 512))
-    assert options == {"budget": "7GB", "optimizer": {"states": "8bit"}, "checkpointing": None}
+    optimizer = NAMED | {"states": "8bit"}  # what finetune would use
+    assert options == {"budget": "7GB", "optimizer": optimizer, "checkpointing": None}
 
 
 def test_a_delta_from_base_to_result_and_back(folder, tmp_path):

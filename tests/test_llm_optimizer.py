@@ -657,6 +657,7 @@ def test_odd_parameters_do_no_harm():
         ({"rule": "newton"}, "rule must be one of greedy, .*full or an object with select.*'newton'"),
         ({"rule": 3}, r"rule must be a name or an object with scored, init\(\) and select\(\); found 3"),
         ({"states": "4bit"}, "states must be one of fp32, bf16, 8bit; found '4bit'"),
+        ({"cautious": "False"}, "cautious must be True or False; found 'False'"),
         ({"patience": 0}, "patience must be a positive number of steps, or None; found 0"),
         ({"switch_every": 1.5}, "switch_every must be a positive number of steps"),
         ({"visit_power": -1}, "visit_power must not be negative"),

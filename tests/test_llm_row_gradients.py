@@ -338,9 +338,10 @@ def test_products_are_made_again(dtype, tokens):
     assert row_gradients._factors((x.exp() * torch.ones(WIDTH, dtype=dtype) + 1).grad_fn) is None
 
 
-def test_low_precision_multiplies_as_the_model_did():
+def test_low_precision_multiplies_as_the_model_did(monkeypatch):
+    monkeypatch.setattr(row_gradients, "TOGETHER", 128 * WIDTH)
     torch.manual_seed(0)
-    shapes = ((3 * row_gradients.TOGETHER, WIDTH), (WIDTH,), (3 * row_gradients.TOGETHER, 1))
+    shapes = ((3 * 128, WIDTH), (WIDTH,), (3 * 128, 1))
     x, weight, scale = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
     y = weight * (x * scale) * 0.7
     matrix = row_gradients._Matrix(row_gradients._factors(y.grad_fn), y.shape, y.dtype)
@@ -505,13 +506,40 @@ def test_backward_inside_autocast():
         optimizer.step()
 
 
-def test_only_full_factors_are_multiplied_and_few_rows_at_a_time():
-    x = torch.randn(3 * row_gradients.TOGETHER, WIDTH)
+@torch.no_grad()
+def test_only_full_factors_are_multiplied_and_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(row_gradients, "TOGETHER", 128 * WIDTH)
+    x = torch.randn(3 * 128, WIDTH)
     scale, weight = torch.rand(len(x), 1), torch.rand(WIDTH)
     matrix = row_gradients._Matrix([weight, x, scale], x.shape, x.dtype)
     assert [matrix.product(rows).data_ptr() for rows in matrix.pieces()] == [x.data_ptr()]
     matrix = row_gradients._Matrix([x, scale, x], x.shape, x.dtype)
-    assert [len(matrix.product(rows)) for rows in matrix.pieces()] == [row_gradients.TOGETHER] * 3
+    made = [matrix.product(rows) for rows in matrix.pieces()]
+    assert [len(rows) for rows in made] == [128] * 3
+    assert len({rows.data_ptr() for rows in made}) == 1  # in the same memory, one after the other
+    torch.testing.assert_close(made[-1], x[256:].square())
     once, again = (matrix.product(*matrix.pieces()) for _ in range(2))  # asked again: made at once, and held
     assert len(once) == len(x)
     assert again.data_ptr() == once.data_ptr()
+
+
+def test_memory_is_reused_only_where_nothing_can_tell():
+    x, y = torch.rand(8, WIDTH), torch.rand(8, WIDTH)
+    whole = slice(None)
+
+    def made(*factors):
+        return row_gradients._Matrix(factors, x.shape, factors[0].dtype).product(whole)
+
+    with torch.no_grad():
+        first = made(x, y)
+        torch.testing.assert_close(first, x * y)
+        second = made(y, 0.5, y)
+        assert second.data_ptr() == first.data_ptr()
+        torch.testing.assert_close(second, 0.5 * y * y)
+        assert made(x.double(), y.double()).dtype == torch.float64
+        low = [made(x.bfloat16(), y.bfloat16()) for _ in range(2)]
+        assert low[0].data_ptr() != low[1].data_ptr()
+    x.requires_grad_()
+    products = [made(x, y) for _ in range(2)]  # of a backward pass that is to be differentiated
+    assert products[0].requires_grad
+    assert products[0].data_ptr() != products[1].data_ptr()
