@@ -82,6 +82,7 @@ EXTRAS = {
     ),
 }
 ALL = METHODS | EXTRAS
+SHOWN = ("BlockLLM rows, cautious", "BlockLLM rows 15%, 8-bit")  # the named configuration first
 
 Results = dict[str, Any]
 
@@ -157,8 +158,8 @@ def _bars(found: Results, name: str) -> Results:
     }
 
 
-def bars_table(found: Results) -> str:
-    """A row for every bar, a column for every variant."""
+def bars_table(columns: Results) -> str:
+    """A row for every bar, a column for every variant by the name that it has here."""
     lines = [
         ("less_lora", "loss, less LoRA r8's", "<= 0", 4),
         ("less_badam", "loss, less BAdam's", "<= 0", 4),
@@ -168,14 +169,23 @@ def bars_table(found: Results) -> str:
         ("memory_less_lora", "peak MB, less LoRA r8's", "<= 0", 0),
         ("memory_less_badam", "peak MB, less BAdam's", "<= 0", 0),
     ]
-    names = [(data, name) for data, variants in found.items() for name in variants]
     rows = [
-        [label, bar, *(llm_report.number(found[data][name][key], digits) for data, name in names)]
+        [label, bar, *(llm_report.number(found[key], digits) for found in columns.values())]
         for key, label, bar, digits in lines
     ]
-    return markdown(["", "bar", *(f"{name}, {data}" for data, name in names)], rows)
+    return markdown(["", "bar", *columns], rows)
 
 
 def tables(results: Results) -> dict[str, str]:
-    """Markdown by name: for each data set its name, _steps, _cpu, _memory, _grid; bars, notes, missing, runs."""
-    return llm_report.tables_of(results) | {"bars": bars_table(results["bars"])}
+    """Markdown by name: for each data set its name, _steps, _cpu, _memory, _grid, _bars; bars, notes, missing, runs.
+
+    In "bars" are the named configuration and what is shown beside it, on every data set.
+    """
+    found = {
+        f"{name}, {data}": variants[name]
+        for name in SHOWN
+        for data, variants in results["bars"].items()
+        if name in variants
+    }
+    by_data = {f"{data}_bars": bars_table(variants) for data, variants in results["bars"].items()}
+    return llm_report.tables_of(results) | {"bars": bars_table(found)} | by_data

@@ -25,6 +25,7 @@ from experiments.tables import markdown
 LEVEL = 0.95
 MB = 1e6
 SHOWN = 6  # of what is missing
+DRAWN = 12  # lines in a picture
 NAN = float("nan")
 NOTES = (
     "Mean over the seeds ± half of its 95% t-interval. Differences: ± the wider half interval of two (over held-out "
@@ -272,7 +273,10 @@ def of_data(matrix: Matrix, runs: Runs, methods: Mapping[str, Method], data: str
     """One data set."""
     found = entries(matrix, runs, data)
     start = matrix.result(runs, matrix.unit(START, data)._replace(steps=0))
-    rows = {name: row(measure, entry) | {"ours": methods[name].ours} for name, entry in found.items()}
+    rows = {
+        name: row(measure, entry) | {"ours": methods[name].ours, "extra": name in matrix.extras}
+        for name, entry in found.items()
+    }
     ours = [name for name in found if methods[name].ours]
     peers = [name for name in found if not methods[name].ours]
     pairs = {
@@ -378,9 +382,22 @@ def number(value: float | None, digits: int) -> str:
 
 
 def pairs_table(data: Results, when: str = "steps", digits: int = 3) -> str:
-    """Ours less each peer at equal steps or equal CPU seconds."""
-    peers = list(data["equal_memory"])
-    rows = [[name, *(difference(pairs[peer][when], digits) for peer in peers)] for name, pairs in data["pairs"].items()]
+    """Ours less each peer at equal steps or equal CPU seconds; where some have several seeds, those alone."""
+    seeds = {
+        (name, peer): found["steps"]["n_seeds"]
+        for name, pairs in data["pairs"].items()
+        for peer, found in pairs.items()
+        if found["steps"]
+    }
+    least = min(2, max(seeds.values(), default=1))
+    peers = [
+        peer for peer in data["equal_memory"] if any(seeds.get((name, peer), 0) >= least for name in data["pairs"])
+    ]
+    rows = [
+        [name, *(difference(pairs[peer][when], digits) for peer in peers)]
+        for name, pairs in data["pairs"].items()
+        if any(seeds.get((name, peer), 0) >= least for peer in peers)
+    ]
     return markdown([f"{data['measure']}, less that of", *peers], rows)
 
 
@@ -460,6 +477,8 @@ def tables_of(results: Results, digits: int = 3) -> dict[str, str]:
 def draw(data: Results, title: str, lines: Mapping[str, float] | None = None) -> Figure:
     """The measure against steps, CPU seconds (where any were measured) and peak memory, there with numbers for names.
 
+    What is an extra is left out where there would be more than :data:`DRAWN` lines.
+
     Parameters
     ----------
     data : dict
@@ -468,11 +487,14 @@ def draw(data: Results, title: str, lines: Mapping[str, float] | None = None) ->
     lines : mapping of str to float, optional
         Levels to draw across.
     """
-    lines_of = {name: np.array(entry["curve"]).reshape(-1, 3) for name, entry in data["methods"].items()}
+    methods = data["methods"]
+    if len(methods) > DRAWN:
+        methods = {name: entry for name, entry in methods.items() if not entry["extra"]}
+    lines_of = {name: np.array(entry["curve"]).reshape(-1, 3) for name, entry in methods.items()}
     timed = any(np.isfinite(found[:, 1]).any() for found in lines_of.values())
     figure, (every,) = panels(1, 2 + timed, 4.6, 4.4)
     steps, *cpu, memory = every
-    for k, (name, entry) in enumerate(data["methods"].items()):
+    for k, (name, entry) in enumerate(methods.items()):
         for axes, column in zip((steps, *cpu), (0, 1), strict=False):
             axes.plot(lines_of[name][:, column], lines_of[name][:, 2], label=f"{k + 1} {name}", marker=".", **style(k))
         peak = entry["memory"]["peak"] / MB
@@ -483,7 +505,7 @@ def draw(data: Results, title: str, lines: Mapping[str, float] | None = None) ->
         _level(steps, name, level)
     for axes, label in zip(every, ("step", *["CPU seconds"] * timed, "peak memory, MB"), strict=True):
         tidy(axes, label, data["measure"], title if axes is steps else "", "linear")
-    if data["methods"]:
+    if methods:
         figure.legend(*steps.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
