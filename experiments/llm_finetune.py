@@ -50,6 +50,9 @@ EXTRAS = {
     "BlockLLM rows 1%": Method("blockllm", OURS_GRID, ROWS | {"budget": 0.01}),
     "BlockLLM rows, 8-bit, in backward": Method("blockllm", OURS_GRID, ROWS | {"states": "8bit", "in_backward": True}),
     "BlockLLM rows, frozen table": Method("blockllm", OURS_GRID, ROWS | {"embeddings": "never"}),
+    "BlockLLM rows, cautious, frozen table": Method(
+        "blockllm", OURS_GRID, ROWS | {"cautious": True, "embeddings": "never"}
+    ),
     "Rows by norms": Method("blockllm", OURS_GRID, BY_NORMS),
     "Rows by root mean squares": Method("blockllm", OURS_GRID, BY_NORMS | {"per_parameter": True}),
     "Rows by norms, every 25, moments kept": Method(
