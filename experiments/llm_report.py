@@ -413,11 +413,13 @@ def difference(found: Results | None, digits: int = 3) -> str:
 
 
 def memory_table(data: Results, digits: int = 3) -> str:
-    """For every peer the best of ours within its peak memory."""
+    """For every peer whose peak memory was counted the best of ours within it."""
     head = ["peer", "its peak MB", "best of ours within it", "its peak MB", f"{data['measure']}, ours less the peer's"]
     rows = []
     for peer, found in data["equal_memory"].items():
         peak = number(data["methods"][peer]["memory"]["peak"] / MB, 0)
+        if peak == "-":
+            continue
         if found is None:
             rows.append([peer, peak, "none", "-", "-"])
             continue
