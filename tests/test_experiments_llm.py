@@ -57,6 +57,7 @@ from experiments.llm_training import (  # noqa: E402
 from experiments.llm_tuning import Sequence, padded  # noqa: E402
 from llm import BlockLLM  # noqa: E402
 from llm.blocks import embeddings  # noqa: E402
+from llm.methods import NAMED  # noqa: E402
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SUITES = [llm_finetune, llm_glue, llm_pretrain, llm_ablation]
@@ -758,6 +759,13 @@ def test_the_table_of_the_gpu_has_both_times_of_adamw():
     assert "| AdamW | 10.0 and 14.0 | - | 1.00 | 2 |" in found["float32_1"]
     assert "| x | 8.0 | 1.0 | 1.50 | 2 |" in found["float32_1"]
     assert "a card" in found["runs"]
+
+
+def test_the_named_configuration_is_what_finetune_uses():
+    expected = NAMED | {"granularity": "rows", "budget": 0.05}
+    for suite in (llm_finetune, llm_glue):
+        assert suite.METHODS[llm_finetune.SHOWN[0]].options == expected
+    assert llm_ablation.CENTRE_OPTIONS == expected
 
 
 def test_every_variant_of_the_ablation_is_one():
