@@ -765,7 +765,7 @@ def test_the_named_configuration_is_what_finetune_uses():
     expected = NAMED | {"granularity": "rows", "budget": 0.05}
     for suite in (llm_finetune, llm_glue):
         assert suite.METHODS[llm_finetune.SHOWN[0]].options == expected
-    assert llm_ablation.CENTRE_OPTIONS == expected
+    assert expected == llm_ablation.CENTRE_OPTIONS
 
 
 def test_every_variant_of_the_ablation_is_one():
