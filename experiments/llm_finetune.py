@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
-from experiments.llm_methods import ROWS, Method
+from experiments.llm_methods import MOVING, ROWS, Method
 from experiments.llm_report import LOSS, draw, summary
 from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
@@ -38,6 +38,10 @@ METHODS = {
     "LoRA r8": Method("lora", (1e-3, 2e-3, 4e-3), {"r": 8, "alpha": 16}),
     "BlockLLM rows": Method("blockllm", OURS_GRID, ROWS),
     "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, ROWS | {"cautious": True}),
+    "BlockLLM rows, moving": Method("blockllm", OURS_GRID, MOVING),
+    "BlockLLM rows, moving, 15%, 8-bit": Method(
+        "blockllm", (1e-4, 2e-4, 5e-4), MOVING | {"budget": 0.15, "states": "8bit"}
+    ),
     "BlockLLM rows 15%, 8-bit": Method("blockllm", (1e-4, 2e-4, 5e-4), ROWS | {"budget": 0.15, "states": "8bit"}),
     "BlockLLM tensors": Method("blockllm", OURS_GRID, ROWS | {"granularity": "tensor"}),
     "BlockLLM entries": Method("blockllm", OURS_GRID, ROWS | {"granularity": "entries"}),

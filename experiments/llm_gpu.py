@@ -4,8 +4,8 @@
 Each method takes a few steps on one batch of GSM8K (and on eight copies of it), the first ones not timed, from the same
 weights. A step is the whole of it: forward, backward, update, and the copy of the loss to the host, between two
 synchronisations. Switches, which BlockLLM makes every few steps here, are timed apart. BAdam goes once through all of
-its layers with its own switches, and its step is their mean, the switches included. Float32 products are TF32. AdamW is
-timed once more at the end: what differs from its first time is noise.
+its layers, a few steps in each; its step is a mean over the layers, with the share of a switch that its own period has.
+Float32 products are TF32. AdamW is timed once more at the end: what differs from its first time is noise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import os
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,8 +42,9 @@ NAMES = (
     "BlockLLM entries",
     "AdamW",
 )
-CASES = (("float32", 1), ("bfloat16", 1), ("bfloat16", 8))  # of the weights; copies of the batch
-WARM_UP, STEPS = 3, 15
+CASES = (("float32", 1), ("bfloat16", 8), ("bfloat16", 1))  # of the weights; copies of the batch
+WARM_UP, STEPS = 3, 11
+LAYER = 2  # steps of BAdam in a layer
 RATE = 1e-5
 
 Results = dict[str, Any]
@@ -62,12 +64,11 @@ def run(quick: bool) -> Results:
     task = llm_tasks.make("gsm8k", SEED, 1)
     task = moved(task, "cuda")._replace(model=task.model.cpu())  # what is measured is a copy on the device
     names, cases = (NAMES[:2], CASES[:1]) if quick else (NAMES, CASES)
-    found = [
-        {"dtype": dtype, "copies": copies, "method": name} | timed(task, METHODS[name], dtype, copies)
-        for dtype, copies in cases
-        for name in names
-        if METHODS[name].installed
-    ]
+    found = []
+    for dtype, copies in cases:
+        for name in (name for name in names if METHODS[name].installed):
+            found.append({"dtype": dtype, "copies": copies, "method": name} | timed(task, METHODS[name], dtype, copies))
+            print(f"llm_gpu: {dtype} x {copies}, {name}: {1e3 * found[-1]['step']:.1f} ms", flush=True)
     return {"steps": found, "device": where("cuda") | {"torch": torch.__version__}, "threads": threads()}
 
 
@@ -92,9 +93,10 @@ def timed(task: Task, method: Method, dtype: str, copies: int) -> Results:
     gc.collect()  # the model before may be in a cycle of references
     one = task.batches[0]
     model = copy.deepcopy(task.model).to(one.inputs["input_ids"].device, getattr(torch, dtype))
-    steps = STEPS
+    steps, period = STEPS, 1
     if method.kind == "badam":
-        steps = method.options["switch_every"] * len(layers(model))
+        period = method.options["switch_every"]
+        steps, method = LAYER * len(layers(model)), replace(method, options=method.options | {"switch_every": LAYER})
     else:
         method = method.with_timed_periods()
     model, optimizer = method.build(model, RATE, SEED)
@@ -110,13 +112,20 @@ def timed(task: Task, method: Method, dtype: str, copies: int) -> Results:
         if not math.isfinite(loss):
             raise ValueError(f"the loss must be finite while steps are timed; found {loss} with {dtype}")
         times.append(time.perf_counter() - began)
-    switched = {s["step"] for s in optimizer.report()["history"]} if isinstance(optimizer, BlockLLM) else set()
-    plain = [seconds for k, seconds in enumerate(times[WARM_UP:], WARM_UP + 1) if k not in switched]
-    others = [seconds for k, seconds in enumerate(times[WARM_UP:], WARM_UP + 1) if k in switched]
-    usual = statistics.mean(plain) if method.kind == "badam" else statistics.median(plain)
+    switched = set()  # numbers of steps, from 1
+    if isinstance(optimizer, BlockLLM):
+        switched = {s["step"] for s in optimizer.report()["history"]}
+    elif method.kind == "badam":
+        switched = set(range(LAYER - 1, len(times) + 1, LAYER))  # a step early: it counts its steps so
+    timed_steps = list(enumerate(times, 1))[WARM_UP:]
+    plain = [seconds for k, seconds in timed_steps if k not in switched]
+    others = [seconds for k, seconds in timed_steps if k in switched]
+    middle = statistics.mean if method.kind == "badam" else statistics.median
+    usual = middle(plain)
+    switch = middle(others) - usual if others else 0.0
     return {
-        "step": usual,
-        "switch": statistics.median(others) - usual if others else 0.0,
+        "step": usual + switch / period if method.kind == "badam" else usual,
+        "switch": switch,
         "tokens": batch.tokens,
         "allocated": torch.cuda.max_memory_allocated(),
         "all": times,

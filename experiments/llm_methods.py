@@ -32,6 +32,7 @@ ROWS = {
     "per_parameter": True,
     "states": "bf16",
 }  # "BlockLLM rows"
+MOVING = ROWS | {"cautious": True, "embeddings": "never", "reach": 2.0, "switch_every": 12, "ramp": 5}
 
 
 @dataclass(frozen=True)

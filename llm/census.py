@@ -199,9 +199,9 @@ class Census:
 
     def norms(self) -> Tensor:
         """Scores of every parameter as if it were a block, float32 of shape (parameters,) on the CPU."""
-        every = range(len(self.blocks.names))
-        known = {p: self._aged(p).sum().cpu() for p in self.sums}
-        total = torch.stack([known.get(p, torch.zeros(())) for p in every])
+        total = torch.zeros(len(self.blocks.names))
+        for position, found in _on_host({p: self._aged(p).sum().view(1) for p in self.sums}).items():
+            total[position] = found[0]
         return self._as_score(total, torch.tensor(self.blocks.sizes))
 
     def scores(self) -> Tensor:
@@ -210,8 +210,8 @@ class Census:
         ``||G~_b||``, or ``||g_b||_1 / sqrt(|b|)`` ("l1"), which is the same where all entries are equally large.
         """
         total = torch.zeros(len(self.blocks.cost))
-        for position in self.sums:
-            first, sums = self.blocks.first[position], self._aged(position).cpu()
+        for position, sums in _on_host({p: self._aged(p) for p in self.sums}).items():
+            first = self.blocks.first[position]
             total[first : first + len(sums)] += sums
         return self._as_score(total, self.blocks.cost)
 
@@ -246,6 +246,16 @@ class Census:
         self.sums, self.age = dict(state["sums"]), dict(state["age"])
         self.turns, self.turn = set(state["turns"]), state["turn"]
         self.counts, self._seen = {}, set()
+
+
+def _on_host(vectors: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Copies on the CPU, with one transfer, which waits for all that was asked of a device, from each of them."""
+    found: dict[int, Tensor] = {}
+    for device in dict.fromkeys(vector.device for vector in vectors.values()):
+        there = {position: vector for position, vector in vectors.items() if vector.device == device}
+        copies = torch.cat(list(there.values())).cpu().split([len(vector) for vector in there.values()])
+        found |= dict(zip(there, copies, strict=True))
+    return {position: found[position] for position in vectors}
 
 
 def entry_counts(histograms: list[Tensor], budget: int) -> list[int]:

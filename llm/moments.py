@@ -376,21 +376,21 @@ def regroup(
     if not sources:
         new = {"count": part.count, "step": 0, "ramp": ramp}
         return {"index": part.where, "unit": part.unit, "cohorts": [new]}, part
-    device = part.where.device
-    fresh = torch.ones(part.count, dtype=torch.bool, device=device)
-    order, cohorts, released = [], [], []
-    for record in sources:
-        slot, offset, held = _places(record, part)
-        fresh &= ~held
-        if bool(held.any()):
-            cohorts.append(_moved(record, slot[held], offset[held], part.unit, generator))
-            order.append(part.where[held])
+    places = [_places(record, part) for record in sources]
+    owner = torch.full_like(part.where, len(sources))  # number of the record that holds a slice; the last: none does
+    for number, (_, _, held) in enumerate(places):
+        owner.masked_fill_(held, number)
+    counts = owner.bincount(minlength=len(sources) + 1).tolist()  # the only question to the device
+    order = owner.argsort(stable=True)
+    cohorts, released = [], []
+    for record, (slot, offset, _), mine in zip(sources, places, order.split(counts)[:-1], strict=True):
+        if len(mine):
+            cohorts.append(_moved(record, slot[mine], offset[mine], part.unit, generator))
         if moments != "reset" and record["unit"] == part.unit:
-            released += _released(record, slot[held], moments, generator)
-    if bool(fresh.any()):
-        cohorts.append({"count": int(fresh.sum()), "step": 0, "ramp": ramp})
-        order.append(part.where[fresh])
-    index = torch.cat(order)
+            released += _released(record, slot[mine], moments, generator)
+    if counts[-1]:
+        cohorts.append({"count": counts[-1], "step": 0, "ramp": ramp})
+    index = part.where[order]
     after: dict[str, Any] = {"index": index, "unit": part.unit, "cohorts": cohorts}
     return (after | {"shelf": released} if released else after), part.at(index)
 

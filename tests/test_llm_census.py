@@ -254,3 +254,18 @@ def test_probes_take_turns_and_old_scores_fade():
     torch.testing.assert_close(found.norms(), fresh * census.AGEING)
     found.begin(list(range(len(fresh))), probe=False)
     assert (found.norms() == 0).all()
+
+
+def test_scores_and_norms_ask_the_device_once(monkeypatch):
+    """On a GPU every copy waits for all that was asked before it, so that one a tensor would cost most of a switch."""
+    shapes = [torch.Size(size) for size in ((4, 3), (5, 3), (7,))]
+    found = Census(Blocks.of(["a", "b", "c"], shapes, "rows", set()), "grad")
+    for position, shape in enumerate(shapes):
+        found.add(position, torch.randn(shape), hyper=HYPER)
+    copies = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (copies.append(1), cpu(tensor))[1])
+    found.scores()
+    assert len(copies) == 1
+    found.norms()
+    assert len(copies) == 2
