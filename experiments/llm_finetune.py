@@ -38,10 +38,7 @@ METHODS = {
     "LoRA r8": Method("lora", (1e-3, 2e-3, 4e-3), {"r": 8, "alpha": 16}),
     "BlockLLM rows": Method("blockllm", OURS_GRID, ROWS),
     "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, ROWS | {"cautious": True}),
-    "BlockLLM rows, moving": Method("blockllm", OURS_GRID, MOVING),
-    "BlockLLM rows, moving, 15%, 8-bit": Method(
-        "blockllm", (1e-4, 2e-4, 5e-4), MOVING | {"budget": 0.15, "states": "8bit"}
-    ),
+    "BlockLLM": Method("blockllm", OURS_GRID, MOVING),
     "BlockLLM rows 15%, 8-bit": Method("blockllm", (1e-4, 2e-4, 5e-4), ROWS | {"budget": 0.15, "states": "8bit"}),
     "BlockLLM tensors": Method("blockllm", OURS_GRID, ROWS | {"granularity": "tensor"}),
     "BlockLLM entries": Method("blockllm", OURS_GRID, ROWS | {"granularity": "entries"}),
@@ -56,6 +53,14 @@ EXTRAS = {
     "BlockLLM rows, frozen table": Method("blockllm", OURS_GRID, ROWS | {"embeddings": "never"}),
     "BlockLLM rows, cautious, frozen table": Method(
         "blockllm", OURS_GRID, ROWS | {"cautious": True, "embeddings": "never"}
+    ),
+    "BlockLLM rows, cautious, frozen table, reach 2": Method(
+        "blockllm", OURS_GRID, ROWS | {"cautious": True, "embeddings": "never", "reach": 2.0}
+    ),
+    "BlockLLM rows, cautious, frozen table, 15%, 8-bit": Method(
+        "blockllm",
+        (2e-4, 3e-4, 5e-4),
+        ROWS | {"cautious": True, "embeddings": "never", "budget": 0.15, "states": "8bit"},
     ),
     "Rows by norms": Method("blockllm", OURS_GRID, BY_NORMS),
     "Rows by root mean squares": Method("blockllm", OURS_GRID, BY_NORMS | {"per_parameter": True}),

@@ -32,7 +32,13 @@ ROWS = {
     "per_parameter": True,
     "states": "bf16",
 }  # "BlockLLM rows"
-MOVING = ROWS | {"cautious": True, "embeddings": "never", "reach": 2.0, "switch_every": 12, "ramp": 5}
+MOVING = ROWS | {
+    "cautious": True,
+    "embeddings": "never",
+    "reach": 1.0,
+    "switch_every": 24,
+    "ramp": 5,
+}  # "BlockLLM": the named configuration
 
 
 @dataclass(frozen=True)
