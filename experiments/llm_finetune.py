@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
-from experiments.llm_methods import MOVING, ROWS, Method
+from experiments.llm_methods import NAMED, ROWS, Method
 from experiments.llm_report import LOSS, draw, summary
 from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
@@ -36,9 +36,9 @@ BY_NORMS = {"granularity": "rows", "budget": 0.05, "switch_every": 100}
 METHODS = {
     "AdamW": Method("adamw", FULL_GRID),
     "LoRA r8": Method("lora", (1e-3, 2e-3, 4e-3), {"r": 8, "alpha": 16}),
+    "BlockLLM": Method("blockllm", OURS_GRID, NAMED),
     "BlockLLM rows": Method("blockllm", OURS_GRID, ROWS),
     "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, ROWS | {"cautious": True}),
-    "BlockLLM": Method("blockllm", OURS_GRID, MOVING),
     "BlockLLM rows 15%, 8-bit": Method("blockllm", (1e-4, 2e-4, 5e-4), ROWS | {"budget": 0.15, "states": "8bit"}),
     "BlockLLM tensors": Method("blockllm", OURS_GRID, ROWS | {"granularity": "tensor"}),
     "BlockLLM entries": Method("blockllm", OURS_GRID, ROWS | {"granularity": "entries"}),
@@ -54,9 +54,7 @@ EXTRAS = {
     "BlockLLM rows, cautious, frozen table": Method(
         "blockllm", OURS_GRID, ROWS | {"cautious": True, "embeddings": "never"}
     ),
-    "BlockLLM rows, cautious, frozen table, reach 2": Method(
-        "blockllm", OURS_GRID, ROWS | {"cautious": True, "embeddings": "never", "reach": 2.0}
-    ),
+    "BlockLLM, reach 1, every 24": Method("blockllm", OURS_GRID, NAMED | {"reach": 1.0, "switch_every": 24, "ramp": 5}),
     "BlockLLM rows, cautious, frozen table, 15%, 8-bit": Method(
         "blockllm",
         (2e-4, 3e-4, 5e-4),
@@ -94,7 +92,7 @@ EXTRAS = {
     ),
 }
 ALL = METHODS | EXTRAS
-SHOWN = ("BlockLLM rows, cautious", "BlockLLM rows 15%, 8-bit")  # the named configuration first
+SHOWN = ("BlockLLM", "BlockLLM rows 15%, 8-bit")  # the named configuration first
 
 Results = dict[str, Any]
 

@@ -36,6 +36,7 @@ NAMES = (
     "AdamW",
     "LoRA r8",
     "BAdam",
+    "BlockLLM",
     "BlockLLM rows, cautious",
     "BlockLLM rows 15%, 8-bit",
     "BlockLLM tensors",

@@ -32,13 +32,7 @@ ROWS = {
     "per_parameter": True,
     "states": "bf16",
 }  # "BlockLLM rows"
-MOVING = ROWS | {
-    "cautious": True,
-    "embeddings": "never",
-    "reach": 1.0,
-    "switch_every": 24,
-    "ramp": 5,
-}  # "BlockLLM": the named configuration
+NAMED = ROWS | {"cautious": True, "embeddings": "never", "reach": 2.0}  # "BlockLLM": the named configuration
 
 
 @dataclass(frozen=True)
