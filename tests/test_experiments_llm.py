@@ -744,10 +744,13 @@ def test_steps_and_switches_are_timed_apart(kind, monkeypatch):
     found = llm_gpu.timed(task, method_of(kind), "bfloat16", 3)
     assert all(torch.equal(p, q) for p, q in zip(before, task.model.parameters(), strict=True))
     assert found["tokens"] == 3 * task.batches[0].tokens
-    timed = 10 * 2 if kind == "badam" else llm_gpu.STEPS  # BAdam: both of its layers, ten steps each
+    timed = llm_gpu.LAYER * 2 if kind == "badam" else llm_gpu.STEPS  # BAdam: both of its layers
     assert len(found["all"]) == llm_gpu.WARM_UP + timed
     assert min(found["all"]) < found["step"] < max(found["all"])
-    assert (found["switch"] != 0) == (kind == "blockllm")
+    assert (found["switch"] != 0) == (kind != "adamw")
+    if kind == "badam":  # of its own ten steps in a layer one has a switch
+        plain = [found["all"][k] for k in (3, 5)]  # the steps 4 and 6; it switches in those before a multiple of two
+        assert found["step"] == pytest.approx(sum(plain) / 2 + found["switch"] / 10)
 
 
 def test_the_table_of_the_gpu_has_both_times_of_adamw():
