@@ -3,10 +3,10 @@
 
 A small Llama that was trained on movie reviews is fine-tuned on speeches (three seeds), and SmolLM2-135M on GSM8K
 (one seed). Every variant sees the same batches in the same order at the same learning rate, which was chosen for the
-centre (on GSM8K the best of its three in llm_finetune; on speeches the best of five tried by hand, 1e-3 to 1.6e-2,
-which is the largest; AdamW's the better of two); that favours the centre a little. Differences to the centre are paired
-over the same held-out examples. The centre chooses once in 60 steps and twice in 300: what matters after a switch only
-is changed together with a choice every 24 steps, and is to be compared with that.
+centre (on GSM8K the best of its four in llm_finetune; on speeches the best of five tried by hand for an earlier centre,
+1e-3 to 1.6e-2, which is the largest; AdamW's the better of two); that favours the centre a little. Differences to the
+centre are paired over the same held-out examples. The centre chooses once in 60 steps and twice in 300: what matters
+after a switch only is changed together with a choice every 24 steps, and is to be compared with that.
 
 Units, raw results and environment: :mod:`experiments.llm_common`.
 """

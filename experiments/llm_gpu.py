@@ -3,9 +3,10 @@
 
 Each method takes a few steps on one batch of GSM8K (and on eight copies of it), the first ones not timed, from the same
 weights. A step is the whole of it: forward, backward, update, and the copy of the loss to the host, between two
-synchronisations. Switches, which BlockLLM makes every few steps here, are timed apart. BAdam goes once through all of
-its layers, a few steps in each; its step is a mean over the layers, with the share of a switch that its own period has.
-Float32 products are TF32. AdamW is timed once more at the end: what differs from its first time is noise.
+synchronisations. Switches, which are made every few steps here, are timed apart, and a step is given with the share of
+a switch that it has in the method's own period. BAdam goes once through all of its layers, three steps in each; its
+step is a mean over them. Float32 products are TF32. AdamW is timed once more at the end: what differs from its first
+time is noise.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ NAMES = (
 )
 CASES = (("float32", 1), ("bfloat16", 8), ("bfloat16", 1))  # of the weights; copies of the batch
 WARM_UP, STEPS = 3, 11
-LAYER = 2  # steps of BAdam in a layer
+LAYER = 3  # steps of BAdam in a layer: the first makes moments, the last switches
 RATE = 1e-5
 
 Results = dict[str, Any]
@@ -94,9 +95,9 @@ def timed(task: Task, method: Method, dtype: str, copies: int) -> Results:
     gc.collect()  # the model before may be in a cycle of references
     one = task.batches[0]
     model = copy.deepcopy(task.model).to(one.inputs["input_ids"].device, getattr(torch, dtype))
-    steps, period = STEPS, 1
+    period = method.settings().get("switch_every") or math.inf
+    steps = STEPS
     if method.kind == "badam":
-        period = method.options["switch_every"]
         steps, method = LAYER * len(layers(model)), replace(method, options=method.options | {"switch_every": LAYER})
     else:
         method = method.with_timed_periods()
@@ -113,24 +114,35 @@ def timed(task: Task, method: Method, dtype: str, copies: int) -> Results:
         if not math.isfinite(loss):
             raise ValueError(f"the loss must be finite while steps are timed; found {loss} with {dtype}")
         times.append(time.perf_counter() - began)
-    switched = set()  # numbers of steps, from 1
-    if isinstance(optimizer, BlockLLM):
-        switched = {s["step"] for s in optimizer.report()["history"]}
-    elif method.kind == "badam":
-        switched = set(range(LAYER - 1, len(times) + 1, LAYER))  # a step early: it counts its steps so
-    timed_steps = list(enumerate(times, 1))[WARM_UP:]
-    plain = [seconds for k, seconds in timed_steps if k not in switched]
-    others = [seconds for k, seconds in timed_steps if k in switched]
-    middle = statistics.mean if method.kind == "badam" else statistics.median
-    usual = middle(plain)
-    switch = middle(others) - usual if others else 0.0
+    usual, switch = parts(times, optimizer)
     return {
-        "step": usual + switch / period if method.kind == "badam" else usual,
+        "step": usual + switch / period,
         "switch": switch,
         "tokens": batch.tokens,
         "allocated": torch.cuda.max_memory_allocated(),
         "all": times,
     }
+
+
+def parts(times: list[float], optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """Seconds of a step without a switch, and what one with a switch takes more; the first steps do not count.
+
+    BAdam switches a step early at first, so that those before a multiple of :data:`LAYER` switch, and the multiples are
+    the first in their layer, where moments are made.
+    """
+    timed_steps = list(enumerate(times, 1))[WARM_UP:]
+    if isinstance(optimizer, BlockLLM):
+        switches = {s["step"] for s in optimizer.report()["history"]}
+        others = [seconds for k, seconds in timed_steps if k in switches]
+        plain = [seconds for k, seconds in timed_steps if k not in switches]
+    elif hasattr(optimizer, "switch_block_every"):
+        others = [seconds for k, seconds in timed_steps if k % LAYER == LAYER - 1]
+        plain = [seconds for k, seconds in timed_steps if 0 < k % LAYER < LAYER - 1]
+        return statistics.mean(plain), statistics.mean(others) - statistics.mean(plain)
+    else:
+        others, plain = [], [seconds for _, seconds in timed_steps]
+    usual = statistics.median(plain)
+    return usual, statistics.median(others) - usual if others else 0.0
 
 
 # -- tables -------------------------------------------------------------------------------------

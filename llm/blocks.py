@@ -98,12 +98,13 @@ def _named(group: dict[str, Any], known: dict[int, str], seen: set[int]) -> list
 
 
 def embeddings(model: nn.Module) -> list[str]:
-    """Names of token tables and of the output layers that mirror them, found by module and shape, not by name.
+    """Names of embedding tables (of positions and types, too) and of output layers, found by module, not by name.
 
     Parameters
     ----------
     model : Module
-        An output layer is what ``get_output_embeddings()`` returns, or a linear layer with the shape of a table.
+        An output layer is what ``get_output_embeddings()`` returns; without that method, a linear layer with the shape
+        of the largest table.
 
     Returns
     -------
@@ -111,13 +112,14 @@ def embeddings(model: nn.Module) -> list[str]:
         Names of parameters, a tied one once.
     """
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    shapes = {m.weight.shape for m in tables}
     found = {id(m.weight) for m in tables}
-    found |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape in shapes}
     ask = getattr(model, "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
-    if isinstance(head, nn.Module):
-        found |= {id(p) for p in head.parameters()}
+    if callable(ask):
+        head = ask()
+        found |= {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    elif tables:
+        shape = max((m.weight.shape for m in tables), key=lambda shape: shape.numel())
+        found |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape == shape}
     return [name for name, p in model.named_parameters() if id(p) in found]
 
 

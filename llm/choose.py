@@ -63,7 +63,7 @@ class Chooser:
             )
         cost = self.blocks.cost[self._competing]
         if not len(self._positions) and not self.always:
-            raise ValueError("never: no parameter is left to train")
+            raise ValueError('no parameter is left to train; name fewer in never, or drop embeddings="never"')
         if len(cost) and not (self.always or self._divisible.any() or self._by_entry or cost.min() <= self._room):
             block = int(self._competing[cost.argmin()])
             raise ValueError(
@@ -203,7 +203,7 @@ def make_chooser(
     total = sum(p.numel() for p in params)
     budget = entries_of_budget(settings.budget, total, _entry_bytes(settings, params))
     if settings.embeddings != "compete":
-        tables = _tables(settings, names, model)
+        tables = _tables(settings, names, model) - always - never  # what is named has been decided
         always |= tables if settings.embeddings == "always" else set()
         large = {k for k in tables if params[k].numel() > budget}
         never |= {"always": set(), "never": tables, "auto": large}[settings.embeddings]

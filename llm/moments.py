@@ -376,14 +376,18 @@ def regroup(
     if not sources:
         new = {"count": part.count, "step": 0, "ramp": ramp}
         return {"index": part.where, "unit": part.unit, "cohorts": [new]}, part
-    places = [_places(record, part) for record in sources]
     owner = torch.full_like(part.where, len(sources))  # number of the record that holds a slice; the last: none does
-    for number, (_, _, held) in enumerate(places):
+    slot, offset = (torch.zeros_like(part.where, dtype=torch.int64) for _ in range(2))
+    for number, record in enumerate(sources):
+        own_slot, own_offset, held = _places(record, part)
         owner.masked_fill_(held, number)
-    counts = owner.bincount(minlength=len(sources) + 1).tolist()  # the only question to the device
+        slot, offset = torch.where(held, own_slot, slot), torch.where(held, own_offset, offset)
+    counts = torch.stack(
+        [(owner == number).sum() for number in range(len(sources) + 1)]
+    ).tolist()  # one copy to the host
     order = owner.argsort(stable=True)
     cohorts, released = [], []
-    for record, (slot, offset, _), mine in zip(sources, places, order.split(counts)[:-1], strict=True):
+    for record, mine in zip(sources, order.split(counts)[:-1], strict=True):
         if len(mine):
             cohorts.append(_moved(record, slot[mine], offset[mine], part.unit, generator))
         if moments != "reset" and record["unit"] == part.unit:

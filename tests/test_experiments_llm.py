@@ -749,7 +749,7 @@ def test_steps_and_switches_are_timed_apart(kind, monkeypatch):
     assert min(found["all"]) < found["step"] < max(found["all"])
     assert (found["switch"] != 0) == (kind != "adamw")
     if kind == "badam":  # of its own ten steps in a layer one has a switch
-        plain = [found["all"][k] for k in (3, 5)]  # the steps 4 and 6; it switches in those before a multiple of two
+        plain = [found["all"][k] for k in (3, 6)]  # the steps 4 and 7; 5 and 8 switch, 6 and 9 are the first of a layer
         assert found["step"] == pytest.approx(sum(plain) / 2 + found["switch"] / 10)
 
 

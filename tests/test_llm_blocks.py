@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 from small_models import VOCABULARY, WIDTH, TinyLM, net  # noqa: E402
 from torch import nn  # noqa: E402
 
+from llm import BlockLLM  # noqa: E402
 from llm.blocks import Blocks, embeddings, entries_of_budget, matching, named_groups  # noqa: E402
 
 
@@ -120,3 +121,32 @@ def test_budgets_that_allow_nothing(budget):
 def test_unknown_granularity():
     with pytest.raises(ValueError, match="granularity must be one of tensor, layer, rows, entries; found 'column'"):
         Blocks.of(["a"], [torch.Size([1])], "column")
+
+
+class Classifier(nn.Module):
+    """As in transformers: it is asked for its output embeddings, and a classifier has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.types, self.head = nn.Embedding(VOCABULARY, 4), nn.Embedding(2, 4), nn.Linear(4, 2)
+
+    def get_output_embeddings(self):
+        return None
+
+
+def test_a_head_with_the_shape_of_some_table_is_no_table():
+    assert embeddings(Classifier()) == ["tokens.weight", "types.weight"]
+    plain = nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Embedding(4, 4), nn.Linear(4, 4))
+    assert embeddings(plain) == ["0.weight", "1.weight"]
+
+
+def test_what_is_named_is_not_decided_by_embeddings():
+    frozen = BlockLLM(Classifier(), budget=0.9, embeddings="never", always=["types"])
+    assert frozen._chooser.always == {1}
+    assert frozen._chooser.never == {0}
+    kept = BlockLLM(Classifier(), budget=0.99, embeddings="always", never=["types"])
+    assert (kept._chooser.always, kept._chooser.never) == ({0}, {1})
+    with pytest.raises(
+        ValueError, match='no parameter is left to train; name fewer in never, or drop embeddings="never"'
+    ):
+        BlockLLM(nn.Embedding(10, 4), embeddings="never")
