@@ -129,7 +129,9 @@ NOTE = (
 def _memory(training: Training) -> list[list[str]]:
     """Counted bytes beside those of AdamW on the same model."""
     sizes = [p.nbytes for p in training.model.parameters()]
-    ours = [training.peak["gradients"], max(sizes), training.peak["optimizer state"]]
+    optimizer: Any = training.optimizer
+    scored = [p.nbytes for k, p in enumerate(optimizer._params()) if k not in optimizer._chooser.never]
+    ours = [training.peak["gradients"], max(scored), training.peak["optimizer state"]]
     adamw = [sum(sizes), 0, 2 * sum(sizes)]
     names = ["gradients", "one tensor's gradient", "optimizer state", "together"]
     columns = zip(names, [*ours, sum(ours)], [*adamw, sum(adamw)], strict=True)
