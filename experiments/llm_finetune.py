@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
-from experiments.llm_methods import NAMED, ROWS, Method
+from experiments.llm_methods import FEW, NAMED, ROWS, Method
 from experiments.llm_report import LOSS, draw, summary
 from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
@@ -36,9 +36,9 @@ BY_NORMS = {"granularity": "rows", "budget": 0.05, "switch_every": 100}
 METHODS = {
     "AdamW": Method("adamw", FULL_GRID),
     "LoRA r8": Method("lora", (1e-3, 2e-3, 4e-3), {"r": 8, "alpha": 16}),
-    "BlockLLM": Method("blockllm", OURS_GRID, NAMED),
     "BlockLLM rows": Method("blockllm", OURS_GRID, ROWS),
-    "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, ROWS | {"cautious": True}),
+    "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, NAMED),
+    "BlockLLM rows of few tensors": Method("blockllm", OURS_GRID, FEW),
     "BlockLLM rows 15%, 8-bit": Method("blockllm", (1e-4, 2e-4, 5e-4), ROWS | {"budget": 0.15, "states": "8bit"}),
     "BlockLLM tensors": Method("blockllm", OURS_GRID, ROWS | {"granularity": "tensor"}),
     "BlockLLM entries": Method("blockllm", OURS_GRID, ROWS | {"granularity": "entries"}),
@@ -51,14 +51,14 @@ EXTRAS = {
     "BlockLLM rows 1%": Method("blockllm", OURS_GRID, ROWS | {"budget": 0.01}),
     "BlockLLM rows, 8-bit, in backward": Method("blockllm", OURS_GRID, ROWS | {"states": "8bit", "in_backward": True}),
     "BlockLLM rows, frozen table": Method("blockllm", OURS_GRID, ROWS | {"embeddings": "never"}),
-    "BlockLLM rows, cautious, frozen table": Method(
-        "blockllm", OURS_GRID, ROWS | {"cautious": True, "embeddings": "never"}
+    "BlockLLM rows, cautious, frozen table": Method("blockllm", OURS_GRID, NAMED | {"embeddings": "never"}),
+    "BlockLLM rows of few tensors, reach 1, every 24": Method(
+        "blockllm", OURS_GRID, FEW | {"reach": 1.0, "switch_every": 24, "ramp": 5}
     ),
-    "BlockLLM, reach 1, every 24": Method("blockllm", OURS_GRID, NAMED | {"reach": 1.0, "switch_every": 24, "ramp": 5}),
     "BlockLLM rows, cautious, frozen table, 15%, 8-bit": Method(
         "blockllm",
         (2e-4, 3e-4, 5e-4),
-        ROWS | {"cautious": True, "embeddings": "never", "budget": 0.15, "states": "8bit"},
+        NAMED | {"embeddings": "never", "budget": 0.15, "states": "8bit"},
     ),
     "Rows by norms": Method("blockllm", OURS_GRID, BY_NORMS),
     "Rows by root mean squares": Method("blockllm", OURS_GRID, BY_NORMS | {"per_parameter": True}),
@@ -92,7 +92,11 @@ EXTRAS = {
     ),
 }
 ALL = METHODS | EXTRAS
-SHOWN = ("BlockLLM", "BlockLLM rows 15%, 8-bit")  # the named configuration first
+SHOWN = (  # the named configuration first
+    "BlockLLM rows, cautious",
+    "BlockLLM rows of few tensors",
+    "BlockLLM rows 15%, 8-bit",
+)
 
 Results = dict[str, Any]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
-from experiments.llm_methods import NAMED, ROWS, Method
+from experiments.llm_methods import FEW, NAMED, ROWS, Method
 from experiments.llm_report import ACCURACY, MATTHEWS, draw, summary
 from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
@@ -36,9 +36,9 @@ BAR = -0.5  # points of accuracy
 METHODS = {
     "AdamW": Method("adamw", FULL_GRID),
     "LoRA r8": Method("lora", (3e-4, 1e-3, 3e-3), {"r": 8, "alpha": 16}),
-    "BlockLLM": Method("blockllm", OURS_GRID, NAMED),
     "BlockLLM rows": Method("blockllm", OURS_GRID, ROWS),
-    "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, ROWS | {"cautious": True}),
+    "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, NAMED),
+    "BlockLLM rows of few tensors": Method("blockllm", OURS_GRID, FEW),
     "BlockLLM tensors": Method("blockllm", OURS_GRID, ROWS | {"granularity": "tensor"}),
     "BlockLLM entries": Method("blockllm", OURS_GRID, ROWS | {"granularity": "entries"}),
     "BAdam": Method("badam", OURS_GRID, {"switch_every": 25}),

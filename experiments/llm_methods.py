@@ -32,7 +32,8 @@ ROWS = {
     "per_parameter": True,
     "states": "bf16",
 }  # "BlockLLM rows"
-NAMED = ROWS | {"cautious": True, "embeddings": "never", "reach": 2.0}  # "BlockLLM": the named configuration
+NAMED = ROWS | {"cautious": True}  # "BlockLLM rows, cautious": the named configuration
+FEW = NAMED | {"embeddings": "never", "reach": 2.0}  # "BlockLLM rows of few tensors"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ name          what is trained                                                   
 ============  =====================================================================================  =========
 
 All but ``adamw`` and ``lora`` are :class:`llm.BlockLLM` with the rule of that method; they are the ideas of those
-papers, not the code of their authors. ``blockllm`` has bfloat16 moments and cautious updates besides, leaves token
-tables and output layers as they are, and takes its rows from few tensors (``reach``), unless told otherwise.
+papers, not the code of their authors. ``blockllm`` has bfloat16 moments and cautious updates besides, unless told
+otherwise.
 """
 
 from __future__ import annotations
@@ -33,15 +33,8 @@ from llm.optimizer import BlockLLM
 
 __all__ = ["METHODS", "NAMED", "Method", "default_lr", "defaults", "make", "plain"]
 
-# What the comparisons call "BlockLLM", apart from defaults of the optimizer.
-NAMED: dict[str, Any] = {
-    "score": "l1",
-    "per_parameter": True,
-    "states": "bf16",
-    "cautious": True,
-    "embeddings": "never",
-    "reach": 2.0,
-}
+# What the comparisons call "BlockLLM rows, cautious", apart from defaults of the optimizer.
+NAMED: dict[str, Any] = {"score": "l1", "per_parameter": True, "states": "bf16", "cautious": True}
 
 
 class Asked(NamedTuple):

@@ -83,7 +83,8 @@ class BlockLLM(torch.optim.Optimizer):
         Moments of released entries: dropped, moved to the CPU, or kept where they are. What stays active keeps its
         moments in any case.
     embeddings : {"compete", "always", "never", "auto"}
-        Token tables and output layers. "auto": compete, unless one is larger than the budget, then never.
+        Embedding tables (of positions and types, too) and output layers, but for those that ``always`` and ``never``
+        name. "auto": compete, unless one is larger than the budget, then never.
     always, never : sequence of str
         Parameters or modules by name (``"model.norm"``).
     granularity : {"rows", "tensor", "layer", "entries"}
