@@ -113,13 +113,12 @@ def resume(
 
 
 def _settled(recipe: Recipe) -> Recipe:
-    """What does not depend on the folder where the command was given; the rate and the options of the method."""
+    """What does not depend on the folder where the command was given, and the rate of the method."""
     usual = methods.default_lr(recipe.method)
     model = os.path.abspath(recipe.model) if os.path.exists(recipe.model) else recipe.model
     eval_data = recipe.eval_data and os.path.abspath(recipe.eval_data)
     lr = usual if recipe.lr is None else recipe.lr
-    options = methods.defaults(recipe.method) | dict(recipe.options)
-    return replace(recipe, model=model, data=os.path.abspath(recipe.data), eval_data=eval_data, lr=lr, options=options)
+    return replace(recipe, model=model, data=os.path.abspath(recipe.data), eval_data=eval_data, lr=lr)
 
 
 def load(name: str, dtype: str | None = None, device: str = "auto") -> tuple[Any, Any]:

@@ -31,7 +31,7 @@ from torch.optim import AdamW, Optimizer
 from llm.blocks import Blocks
 from llm.optimizer import BlockLLM
 
-__all__ = ["METHODS", "NAMED", "Method", "default_lr", "defaults", "make", "plain"]
+__all__ = ["METHODS", "NAMED", "Method", "default_lr", "make", "plain"]
 
 # What the comparisons call "BlockLLM rows, cautious", apart from defaults of the optimizer.
 NAMED: dict[str, Any] = {"score": "l1", "per_parameter": True, "states": "bf16", "cautious": True}
@@ -113,17 +113,6 @@ def default_lr(name: str) -> float:
     5e-05
     """
     return _method(name).lr
-
-
-def defaults(name: str) -> dict[str, Any]:
-    """What a method sets unless an option says otherwise, so that a run that is saved with it can be resumed later.
-
-    Examples
-    --------
-    >>> defaults("adamw")
-    {}
-    """
-    return dict(NAMED) if name == "blockllm" else {}
 
 
 def plain(model: Any) -> Any:
