@@ -382,9 +382,8 @@ def regroup(
         own_slot, own_offset, held = _places(record, part)
         owner.masked_fill_(held, number)
         slot, offset = torch.where(held, own_slot, slot), torch.where(held, own_offset, offset)
-    counts = torch.stack(
-        [(owner == number).sum() for number in range(len(sources) + 1)]
-    ).tolist()  # one copy to the host
+    found = [(owner == number).sum() for number in range(len(sources) + 1)]
+    counts = torch.stack(found).tolist()  # one copy to the host
     order = owner.argsort(stable=True)
     cohorts, released = [], []
     for record, mine in zip(sources, order.split(counts)[:-1], strict=True):
