@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llm.losses import losses_of
+
 FIXED = 20260101  # seed of everything that is the same for all seeds: which examples are held out
 IGNORED = -100  # a label that has no part in the loss
 WARM_UP = 5  # steps of "constant"
@@ -22,6 +24,11 @@ class Batch(NamedTuple):
 
     inputs: dict[str, Tensor]
     tokens: int
+
+
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that a transformers model returns."""
+    return model(**batch.inputs).loss
 
 
 class Task(NamedTuple):
@@ -42,6 +49,8 @@ class Task(NamedTuple):
         ``weights``: label tokens of every held-out example, whose losses are sums over them; or ``labels``.
     rate : callable
         From a step (the first is 1) to the share of the learning rate.
+    loss : callable
+        From the model and a batch to the loss that is trained.
     """
 
     model: nn.Module
@@ -51,6 +60,7 @@ class Task(NamedTuple):
     score: Callable[[nn.Module, Batch], dict[str, list[Any]]]
     truth: Results
     rate: Callable[[int], float]
+    loss: Callable[[nn.Module, Batch], Tensor] = own_loss
 
 
 # -- rates --------------------------------------------------------------------------------------
@@ -75,16 +85,17 @@ def linear(step: int, steps: int) -> float:
     return step / warm_up if step <= warm_up else (steps - step + 1) / (steps - warm_up + 1)
 
 
-# -- scores -------------------------------------------------------------------------------------
+# -- losses -------------------------------------------------------------------------------------
+
+
+def learnt_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The same but for rounding, from the logits of label tokens alone: that of ``bcd-llm finetune``."""
+    return losses_of(model, batch.inputs).sum() / (batch.inputs["labels"][:, 1:] != IGNORED).sum()
 
 
 def token_losses(model: nn.Module, batch: Batch) -> dict[str, list[float]]:
     """The loss of every row, summed over its label tokens."""
-    labels = batch.inputs["labels"][:, 1:]
-    logits = model(input_ids=batch.inputs["input_ids"]).logits[:, :-1]
-    flat = logits.flatten(0, 1).float(), labels.flatten()  # a softmax over the last dimension is the fast one
-    losses = functional.cross_entropy(*flat, ignore_index=IGNORED, reduction="none")
-    return {"losses": losses.view_as(labels).sum(1).tolist()}
+    return {"losses": losses_of(model, batch.inputs).tolist()}
 
 
 def predictions(model: nn.Module, batch: Batch) -> dict[str, list[Any]]:

@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reviews": llm_small.SETTINGS,
     "addresses": llm_small.SETTINGS | {"base": llm_small.BASE},
 }
+MEASURED = {name: {"logits": "of label tokens"} for name in ("gsm8k", "lima")}  # more settings of memory and time
 PACKAGED = {
     **dict.fromkeys(("gsm8k", "lima"), llm_tuning.smollm2),
     **dict.fromkeys(("sst2", "cola", "rte"), llm_classes.minilm),

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from experiments import llm_tasks
-from experiments.llm_batches import Batch, Task
+from experiments.llm_batches import Batch, Task, own_loss
 from experiments.llm_common import COST, CPU, MEMORY, START, Matrix, Unit, end_with_parent
 from experiments.llm_methods import SHORT, Method, layers
 from experiments.llm_report import Measure, criterion
@@ -40,6 +40,7 @@ HEAVY_STEPS = SHORT  # at the worst place, a census among them
 PEER_RATE = 1e-5  # of AdamW, while it is timed beside a method
 
 Results = dict[str, Any]
+LossOf = Callable[[nn.Module, Batch], Tensor]
 
 
 # -- training -----------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def train(task: Task, method: Method, lr: float, seed: int) -> Results:
     points: list[Results] = []
     for step, batch in enumerate(task.batches, 1):
         began = time.perf_counter()
-        losses.append(update(model, optimizer, batch, lr * task.rate(step)))
+        losses.append(update(model, optimizer, batch, lr * task.rate(step), task.loss))
         seconds += time.perf_counter() - began
         if not math.isfinite(losses[-1]):
             break
@@ -111,13 +112,15 @@ def _selection(optimizer: torch.optim.Optimizer) -> Results:
     return {"selection": kept | {"switches": [switch["step"] for switch in report["history"]]}}
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float) -> float:
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, loss_of: LossOf = own_loss
+) -> float:
     """One step at a learning rate. Returns its loss; nan if a gradient was refused because it was not finite."""
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    loss = model(**batch.inputs).loss
+    loss = loss_of(model, batch)
     value = float(loss.detach())
     if not math.isfinite(value):
         return value
@@ -179,7 +182,7 @@ def cost(task: Task, method: Method, lr: float, seed: int, adamw: Callable[[], f
     batch = middle(task)
     pairs = []
     for _ in range(1 + method.timed_steps(len(task.batches), len(layers(model)))):
-        pairs.append([_seconds(model, optimizer, batch, lr), adamw()])
+        pairs.append([_seconds(task, model, optimizer, batch, lr), adamw()])
     switched = {s["step"] for s in optimizer.report()["history"]} if isinstance(optimizer, BlockLLM) else set()
     plain = [own for k, (own, _) in enumerate(pairs[1:], 2) if k not in switched]
     others = [own for k, (own, _) in enumerate(pairs[1:], 2) if k in switched]
@@ -240,15 +243,15 @@ def _serve_steps(unit: Unit, pipe: Any) -> None:
             batch = middle(task)
             while True:
                 pipe.recv()
-                pipe.send(_seconds(model, optimizer, batch, PEER_RATE))
+                pipe.send(_seconds(task, model, optimizer, batch, PEER_RATE))
         except (OSError, ValueError, RuntimeError) as error:
             pipe.send(f"{type(error).__name__}: {error}")
 
 
-def _seconds(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float) -> float:
+def _seconds(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float) -> float:
     """CPU seconds of a step."""
     began = time.process_time()
-    if not math.isfinite(update(model, optimizer, batch, lr)):
+    if not math.isfinite(update(model, optimizer, batch, lr, task.loss)):
         raise ValueError(f"the loss must be finite while time is measured; lower the rate {lr:g}")
     return time.process_time() - began
 
@@ -303,18 +306,20 @@ def measure(task: Task, method: Method, lr: float, seed: int) -> Results:
     batch = max(task.batches, key=lambda b: b.inputs["input_ids"].numel())
     live = LiveBytes()
     live.watch([*model.parameters(), *model.buffers(), *tensors_of(optimizer)])
-    state = max(_step(live, model, optimizer, batch, lr) for _ in range(MEMORY_STEPS))
+    state = max(_step(live, task, model, optimizer, batch, lr) for _ in range(MEMORY_STEPS))
     natural = live.peak
     if method.ours and isinstance(optimizer, BlockLLM):
         optimizer.activate(lowest(optimizer))
-        state = max(state, *(_step(live, model, optimizer, batch, lr) for _ in range(HEAVY_STEPS)))
+        state = max(state, *(_step(live, task, model, optimizer, batch, lr) for _ in range(HEAVY_STEPS)))
     return {"peak": live.peak, "natural": natural, "state": state, "weights": weights}
 
 
-def _step(live: LiveBytes, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float) -> int:
+def _step(
+    live: LiveBytes, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float
+) -> int:
     """One counted step. Returns the bytes of the optimizer's state after it."""
     with live:
-        loss = update(model, optimizer, batch, lr)
+        loss = update(model, optimizer, batch, lr, task.loss)
     if not math.isfinite(loss):
         raise ValueError(f"the loss must be finite while memory is measured; lower the rate {lr:g}")
     return state_bytes(optimizer, model)
@@ -394,6 +399,7 @@ def matrix_of(
         """All that a unit's result depends on besides itself."""
         own = {"method": every[unit.method].settings()} if unit.method else {}
         own |= {"timed": "in turn with AdamW in a process of its own"} if unit.kind == COST else {}
+        own |= llm_tasks.MEASURED.get(unit.data, {}) if unit.kind in (COST, MEMORY) else {}
         return {"task": llm_tasks.SETTINGS[unit.data]} | own
 
     return Matrix(

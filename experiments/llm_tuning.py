@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from experiments.llm_batches import FIXED, IGNORED, WARM_UP, Batch, Task, constant, token_losses
+from experiments.llm_batches import FIXED, IGNORED, WARM_UP, Batch, Task, constant, learnt_loss, token_losses
 from experiments.llm_files import cached, cached_arrays, lines, read
 
 CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", "{answer}<|im_end|>"
@@ -134,4 +134,5 @@ def task(name: str, texts: Callable[[], Text], cut: bool, seed: int, steps: int)
         token_losses,
         {"weights": [len(row.ids) - max(row.prompt, 1) for row in held]},
         constant,
+        learnt_loss,
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.data import IGNORED, Example, collate, load_choices, load_labelled
+from llm.losses import losses_of
 
 __all__ = [
     "Accuracy",
@@ -30,7 +31,6 @@ __all__ = [
     "evaluate",
     "fitting_length",
     "learnt",
-    "losses_of",
 ]
 
 Compute = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]  # a result for every example of a batch
@@ -85,26 +85,6 @@ def classes_of(model: Any) -> dict[int, str]:
 def learnt(examples: Iterable[Example]) -> int:
     """How many tokens are learnt (of a classifier: classes); the first token of an example never is."""
     return sum(len(e.labels) == 1 or sum(label != IGNORED for label in e.labels[1:]) for e in examples)
-
-
-def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The losses of the examples of a batch, float32, shape (examples,).
-
-    Parameters
-    ----------
-    model : Module
-        Returns an object with ``logits``: (examples, tokens, vocabulary), or (examples, classes).
-    batch : mapping
-        As of :func:`llm.data.collate`.
-    """
-    labels = batch["labels"]
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    if logits.ndim == 3:  # every token is predicted from those before it
-        labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    every = nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return every.view(labels.shape).sum(1)
 
 
 @contextmanager

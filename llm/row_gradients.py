@@ -257,7 +257,16 @@ class _Linear(torch.autograd.Function):
 
         def gradient(rows: Rows) -> Tensor:
             """Of some rows of the weight."""
-            return matrix.times(flat[:, rows] if isinstance(rows, slice) else flat.index_select(1, rows))
+            if isinstance(rows, slice):
+                return matrix.times(flat[:, rows])
+            if len(rows) * len(flat) <= TOGETHER:
+                return matrix.times(flat.index_select(1, rows))
+            pieces = rows.split(max(1, TOGETHER // len(flat)))  # a copy of the gradients of some outputs at a time
+            out, start = flat.new_empty(len(rows), weight.shape[1]), 0
+            for piece in pieces:
+                out[start : start + len(piece)] = matrix.times(flat.index_select(1, piece))
+                start += len(piece)
+            return out
 
         if wants_weight and not ctx.shared.linear(gradient):
             return grad_x, gradient(slice(None)), grad_bias, None, None, None

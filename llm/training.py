@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from llm.data import Batches, Example, collate
-from llm.evaluate import Score, evaluate, learnt, losses_of
+from llm.evaluate import Score, evaluate, learnt
 from llm.gradients import stored
 from llm.interrupt import Interrupts
+from llm.losses import losses_of
 from llm.optimizer import BlockLLM
 from llm.recipe import Recipe
 from llm.report import tensors_in
@@ -39,7 +40,7 @@ class Training:
     Parameters
     ----------
     model : Module
-        On its device; what :func:`llm.evaluate.losses_of` can ask.
+        On its device; what :func:`llm.losses.losses_of` can ask.
     optimizer : Optimizer
         Its rates are those of the recipe's schedule at its top.
     batches : Batches

@@ -822,9 +822,9 @@ def thread_for_process(*, target, args, daemon):
 def test_steps_are_timed_in_turn_with_adamw_which_ends_with_them(monkeypatch):
     started, stepped = [], []
 
-    def noted(model, optimizer, batch, lr):
+    def noted(task, model, optimizer, batch, lr):
         stepped.append((threading.current_thread() is started[0], lr))
-        return _seconds(model, optimizer, batch, lr)
+        return _seconds(task, model, optimizer, batch, lr)
 
     def process(**arguments):
         started.append(thread_for_process(**arguments))

@@ -91,6 +91,7 @@ def test_same_run_as_with_whole_gradients(tied, checkpointed, how, surveyed, mon
     monkeypatch.setattr("llm.optimizer.SURVEYED", surveyed)
     if surveyed == 40:
         monkeypatch.setattr("llm.optimizer.HELD", 0.5)  # the first window takes the table by rows as well
+        monkeypatch.setattr(row_gradients, "TOGETHER", 50)  # two rows at a time
     if tied and how.get("in_backward"):
         pytest.skip("a tied table has one gradient, of which its slot knows all; below")
     torch.manual_seed(0)

@@ -1,0 +1,194 @@
+"""Losses from the logits of learnt tokens alone, against those of transformers and of torch."""
+
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+import tiny_lm  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from test_llm_models import DECODERS, SIZES, decoder, gpt2  # noqa: E402
+from torch import nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
+from llm import losses as module  # noqa: E402
+from llm.losses import losses_of  # noqa: E402
+
+IGNORED = -100
+
+
+def gemma2():
+    """Squeezes its logits after the head."""
+    config = transformers.Gemma2Config(**SIZES, final_logit_softcapping=2.0, sliding_window=8, pad_token_id=0)
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def granite():
+    """Divides its logits after the head."""
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**SIZES, logits_scaling=3.0, pad_token_id=0))
+
+
+MADE = {**{name: lambda name=name: decoder(name) for name in DECODERS}}
+MADE |= {"GPT-2": gpt2, "Gemma 2": gemma2, "Granite": granite}
+
+
+def masked(k=0):
+    """Three examples of seven tokens: the prompt and the end of two are not learnt, nor anything of the last."""
+    ids = torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(k))
+    labels = ids.clone()
+    labels[0, :3] = labels[1, :1] = labels[1, 5:] = labels[2] = IGNORED
+    return {"input_ids": ids, "labels": labels}
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_losses_and_gradients_are_those_of_transformers(name):
+    torch.manual_seed(0)
+    model, batch = MADE[name]().eval(), masked()  # without dropout
+    seen = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append(out.shape))
+    losses = losses_of(model, batch)
+    hook.remove()
+    assert seen == [(1, 4 + 4, 64)]  # learnt tokens alone reach the head
+    assert losses.dtype == torch.float32
+    assert losses[2] == 0
+    mine = gradients(model, losses.sum() / 8)
+    output = model(**batch)
+    assert output.logits.shape == (3, 7, 64)  # the head is as it was
+    torch.testing.assert_close(losses.sum() / 8, output.loss)
+    theirs = gradients(model, output.loss)
+    assert len(mine) == len(theirs) > 0
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_every_example_has_its_own_loss():
+    torch.manual_seed(0)
+    model, batch = decoder("Llama"), masked(1)
+    together = losses_of(model, batch)
+    for k in range(3):
+        alone = losses_of(model, {name: value[k : k + 1] for name, value in batch.items()})
+        torch.testing.assert_close(alone[0], together[k], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    torch.manual_seed(0)
+    model, batch = decoder("Llama").bfloat16(), masked()
+    losses = losses_of(model, batch)
+    assert losses.dtype == torch.float32
+    mine, theirs = gradients(model, losses.sum() / 8), gradients(model, model(**batch).loss)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_classes(shape):
+    model = tiny_lm.classifier().eval()
+    labels = torch.tensor([1, 0])
+    batch = {"input_ids": torch.tensor([[3, 4], [5, 6]]), "labels": labels}
+    losses = losses_of(model, batch | {"labels": labels.view(shape)})
+    torch.testing.assert_close(losses.mean(), model(**batch).loss)
+
+
+class Plain(nn.Module):
+    """A model that does not say which of its modules is the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 64))
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.layers(input_ids))
+
+
+class Reshaped(Plain):
+    """Its head reads something else than (examples, tokens, width)."""
+
+    def get_output_embeddings(self):
+        return self.layers[1]
+
+    def forward(self, input_ids):
+        hidden = self.layers[0](input_ids)
+        return SimpleNamespace(logits=self.layers[1](hidden.flatten(0, 1)).view(*input_ids.shape, 64))
+
+
+@pytest.mark.parametrize("kind", [Plain, Reshaped])
+def test_a_model_that_makes_all_logits(kind):
+    torch.manual_seed(0)
+    model, batch = kind(), masked()
+    logits, labels = model(batch["input_ids"]).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    expected = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    losses = losses_of(model, batch)
+    torch.testing.assert_close(losses.sum(), expected)
+    for a, b in zip(gradients(model, losses.sum()), gradients(model, expected), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_head_is_as_it_was_after_an_error():
+    model = decoder("Llama")
+    with pytest.raises(IndexError):
+        losses_of(model, masked() | {"input_ids": torch.full((3, 7), 64)})
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_a_compiled_model():
+    """The hook is not compiled into it."""
+    torch.manual_seed(0)
+    model = decoder("Llama")
+    compiled = torch.compile(model, backend="eager")
+    for k in range(2):
+        batch = masked(k)
+        batch["labels"][0, 3 + k] = IGNORED
+        torch.testing.assert_close(losses_of(compiled, batch), losses_of(model, batch))
+
+
+def test_shapes_alone():
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model = decoder("Llama")
+        batch = {name: mode.from_tensor(value) for name, value in masked().items()}
+        losses = losses_of(model, batch)
+        losses.sum().backward()
+        assert losses.shape == (3,)
+
+
+def test_the_gradient_is_written_over_the_logits_once():
+    logits = torch.randn(5, 7, requires_grad=True)
+    inner = logits * 1.0
+    losses = module._CrossEntropy.apply(inner, torch.arange(5))
+    (grad,) = torch.autograd.grad(losses.sum(), inner, retain_graph=True)
+    assert grad.data_ptr() == inner.data_ptr()
+    with pytest.raises(RuntimeError, match="once"):
+        losses.sum().backward()
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(2, 40),
+    st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
+    st.integers(1, 100),
+    st.integers(0, 99),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(deadline=None, max_examples=60)
+def test_cross_entropy_is_that_of_torch(rows, words, spread, together, seed, dtype):
+    """For logits of any size, in pieces of any size."""
+    generator = torch.Generator().manual_seed(seed)
+    x = (spread * torch.randn(rows, words, generator=generator, dtype=torch.float64)).to(dtype)
+    targets, weights = torch.randint(words, (rows,), generator=generator), torch.rand(rows, generator=generator)
+    first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.TOGETHER, "cpu", together)
+        losses = module._CrossEntropy.apply(first * 1.0, targets)
+        (losses * weights).sum().backward()
+    expected = nn.functional.cross_entropy(second, targets, reduction="none")
+    (expected * weights).sum().backward()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6 * max(1.0, spread)} if dtype == torch.float32 else {}
+    torch.testing.assert_close(losses, expected, **tolerance)
+    torch.testing.assert_close(first.grad, second.grad, **tolerance)
