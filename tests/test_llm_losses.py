@@ -192,3 +192,24 @@ def test_cross_entropy_is_that_of_torch(rows, words, spread, together, seed, dty
     tolerance = {"rtol": 1e-5, "atol": 1e-6 * max(1.0, spread)} if dtype == torch.float32 else {}
     torch.testing.assert_close(losses, expected, **tolerance)
     torch.testing.assert_close(first.grad, second.grad, **tolerance)
+
+
+def test_a_trainer_with_these_losses(tmp_path):
+    """As in the documentation; the same run as with the model's own loss, with accumulated gradients."""
+    pytest.importorskip("accelerate")
+
+    class LeanTrainer(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            learnt = (inputs["labels"][:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+            return losses_of(model, inputs).sum() / learnt
+
+    rows = [{name: value[k % 2] for name, value in masked(k // 2).items()} for k in range(12)]
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "report_to": "none"}
+    arguments = transformers.TrainingArguments(str(tmp_path), learning_rate=1e-2, use_cpu=True, **options)
+    finals = []
+    for kind in (transformers.Trainer, LeanTrainer):
+        torch.manual_seed(0)
+        model = decoder("Llama")
+        kind(model, arguments, train_dataset=rows).train()
+        finals.append(nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(*finals, rtol=1e-3, atol=1e-4)
