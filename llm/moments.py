@@ -27,6 +27,7 @@ from torch import Tensor
 
 from llm.adam import GROUP, Hyper, adam_direction, adamw_, compand, decode, expand, stochastic_round
 from llm.compact import CompactGrad, Part, flat
+from llm.fused import LEAST, adamw_rows_, fits
 
 __all__ = ["STATES", "Gradient", "Update", "active_directions", "bytes_per_entry", "regroup", "round_to", "update_"]
 
@@ -146,6 +147,11 @@ class _Span(NamedTuple):
         """How many entries."""
         return self.b - self.a
 
+    @property
+    def compiled(self) -> bool:
+        """Whether there is one pass for its types."""
+        return "master" not in self.cohort and fits(self.entries, self.cohort["exp_avg"])
+
     def of(self, name: str) -> Tensor:
         """A moment or the float32 weights there, as they are stored."""
         return self.cohort[name].view(-1)[self.a : self.b]
@@ -188,6 +194,9 @@ def update_(
         entries = flat(update.param)
         most = CACHED if entries.is_cpu else CHUNK
         for span in _spans_of(update, entries, states):
+            if isinstance(span.where, Tensor) and span.unit >= LEAST and span.compiled:
+                _step_rows(span, scale, generator)
+                continue
             kind, size = span.kind, span.size
             if size > (SMALL if isinstance(span.where, slice) else most):
                 _step([span], scale, generator)
@@ -241,6 +250,15 @@ def _taken(entries: Tensor, part: Part, lo: int, count: int) -> Tensor:
     if part.unit == entries.numel():
         return entries.clone().view(1, -1)
     return entries.view(-1, part.unit)[part.where[lo : lo + count]]
+
+
+def _step_rows(span: _Span, scale: float, generator: torch.Generator) -> None:
+    """AdamW on rows where they are."""
+    grad = span.grad().to(span.entries.dtype).contiguous()
+    tensors = (span.entries, grad, *(span.of(name) for name in _MOMENTS))
+    weight, grad, mean, square = (x.view(-1, span.unit) for x in tensors)
+    adamw_rows_(weight, span.where, grad, mean, square, span.step, span.hyper, scale, generator)  # type: ignore[arg-type]
+    span.cohort["step"] = span.step
 
 
 def _step(spans: list[_Span], scale: float, generator: torch.Generator) -> None:

@@ -11,6 +11,7 @@ import torch
 from llm import moments
 from llm.adam import Hyper
 from llm.compact import CompactGrad, Part
+from llm.fused import LEAST
 from llm.moments import Update, update_
 
 HYPER = Hyper(0.1, 0.9, 0.99, 1e-8, 0.01)
@@ -90,8 +91,20 @@ def test_what_has_the_same_step_count_goes_together(monkeypatch, cached, expecte
     step = moments._step
     monkeypatch.setattr(moments, "CACHED", cached)
     monkeypatch.setattr(moments, "_step", lambda spans, *rest: (sizes.append(len(spans)), step(spans, *rest)))
-    update_(updates(torch.float32, "stochastic"), generator=torch.Generator().manual_seed(0))
+    update_(updates(torch.float64, "stochastic"), generator=torch.Generator().manual_seed(0))
     assert sizes == expected
+
+
+@pytest.mark.parametrize(("states", "compiled"), [("8bit", False), ("bf16", True), ("fp32", True)])
+def test_rows_of_float32_are_updated_where_they_are(monkeypatch, states, compiled):
+    """They are not gathered: what is left are short rows and whole tensors; 8-bit codes have no compiled step."""
+    spans: list[moments._Span] = []
+    step = moments._step
+    monkeypatch.setattr(moments, "_step", lambda group, *rest: (spans.extend(group), step(group, *rest)))
+    made = updates(torch.float32, "stochastic")
+    update_(made, states=states, generator=torch.Generator().manual_seed(0))
+    assert (not any(torch.is_tensor(span.where) and span.unit >= LEAST for span in spans)) == compiled
+    assert all(cohort["step"] >= 1 for update in made for cohort in update.cohorts)
 
 
 @pytest.mark.parametrize("error", ["in a later parameter", "in the update"])
