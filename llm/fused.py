@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The same AdamW step as :func:`llm.adam.adamw_` on rows of a float32 matrix on a CPU, compiled.
 
-One pass over the active rows: each is read, updated and written while it lies in the cache nearest to the core, with
-its moments in bfloat16 or float32. As thirty operations of PyTorch on gathered copies it takes several times as long.
+One pass over the active rows, in one thread: each is read, updated and written while it lies in the cache nearest to
+the core, with its moments in bfloat16 or float32. As thirty operations of PyTorch on gathered copies it took several
+times as long (one or two threads).
 Moments in bfloat16 are rounded stochastically, as :func:`llm.adam.stochastic_round` does, with noise from a hash of an
 entry's place and two seeds.
 """
@@ -46,7 +47,7 @@ def adamw_rows_(
     ----------
     weight : Tensor of float32, shape (m, n)
     rows : Tensor of int32 or int64, shape (k,)
-        Distinct.
+        Distinct, and rows of ``weight``: that is not looked at.
     grad : Tensor of float32, shape (k, n)
     exp_avg, exp_avg_sq : Tensor of float32 or bfloat16, shape (k, n)
     step : int
@@ -56,6 +57,11 @@ def adamw_rows_(
         Multiplies the gradient.
     generator : Generator
         On a CPU; of the seeds.
+
+    Raises
+    ------
+    ValueError
+        If the gradient or a moment does not have a row for each of ``rows``.
 
     Examples
     --------
@@ -76,7 +82,11 @@ def adamw_rows_(
         hyper.eps,
         -hyper.lr / (1 - hyper.beta1**step),
     )
-    w, index, g, numbers = weight.numpy(), rows.numpy(), grad.numpy(), np.array(terms, dtype=np.float32)
+    if not (rows.numel() == len(grad) == len(exp_avg) == len(exp_avg_sq)):
+        found = rows.numel(), len(grad), len(exp_avg), len(exp_avg_sq)
+        raise ValueError(f"rows, gradient and moments must be equally many; found {found}")
+    numbers = tuple(map(np.float32, terms))
+    w, index, g = weight.numpy(), rows.numpy(), grad.numpy()
     if exp_avg.dtype == torch.bfloat16:
         m, v = (x.view(torch.int16).numpy().view(np.uint16) for x in (exp_avg, exp_avg_sq))
         seeds = torch.randint(1 << 32, (2,), generator=generator).numpy().astype(np.uint32)
@@ -87,7 +97,7 @@ def adamw_rows_(
 
 @njit(inline="always")
 def _row(w: Any, g: Any, m: Any, v: Any, numbers: Any, cautious: bool) -> None:
-    """One row, with the operations of PyTorch in their order."""
+    """One row, with PyTorch's operations (the order of a product and a quotient is another)."""
     scale, keep, new1, beta2, new2, root, eps, rate = numbers
     near = new1 < np.float32(0.5)  # torch.lerp starts from the nearer end
     for j in range(len(w)):
@@ -104,9 +114,8 @@ def _row(w: Any, g: Any, m: Any, v: Any, numbers: Any, cautious: bool) -> None:
 @njit(cache=True, nogil=True, error_model="numpy")
 def _rows(weight: Any, rows: Any, grad: Any, mean: Any, square: Any, numbers: Any, cautious: bool) -> None:
     """Moments in float32."""
-    together = (numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7])
     for k in range(len(rows)):
-        _row(weight[rows[k]], grad[k], mean[k], square[k], together, cautious)
+        _row(weight[rows[k]], grad[k], mean[k], square[k], numbers, cautious)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -114,7 +123,6 @@ def _low_rows(
     weight: Any, rows: Any, grad: Any, mean: Any, square: Any, numbers: Any, cautious: bool, seed: Any, other: Any
 ) -> None:
     """Moments in bfloat16, which is the upper half of a float32."""
-    together = (numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7])
     n = weight.shape[1]
     bits1, bits2 = np.empty(n, np.uint32), np.empty(n, np.uint32)
     wide1, wide2 = bits1.view(np.float32), bits2.view(np.float32)
@@ -122,7 +130,7 @@ def _low_rows(
         for j in range(n):
             bits1[j] = np.uint32(mean[k, j]) << np.uint32(16)
             bits2[j] = np.uint32(square[k, j]) << np.uint32(16)
-        _row(weight[rows[k]], grad[k], wide1, wide2, together, cautious)
+        _row(weight[rows[k]], grad[k], wide1, wide2, numbers, cautious)
         for j in range(n):
             noise = np.uint32(seed + np.uint32(k * n + j))  # a hash with good avalanche: two products, three shifts
             noise = np.uint32((noise ^ (noise >> np.uint32(16))) * np.uint32(0x7FEB352D)) ^ other

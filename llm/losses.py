@@ -3,20 +3,19 @@
 
 Logits are the largest activation of a small model: tokens x vocabulary. Where prompts and padding are not learnt,
 theirs are not made: the head reads the last hidden states of the learnt tokens alone. And the usual cross-entropy
-holds four arrays of that size (logits, their log-softmax, and two gradients), this one a single one: the gradient
+holds four arrays of the size of the logits (these, their log-softmax, and two gradients); here the gradient
 ``softmax - one-hot`` is written over the logits, some rows at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from llm.data import IGNORED
 
@@ -34,7 +33,8 @@ def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     model : Module
         Returns an object with ``logits``: (examples, tokens, vocabulary), each token predicted from those before it,
         or (examples, classes). If its ``get_output_embeddings()`` is a module that reads (examples, tokens, width),
-        as in the causal language models of transformers, this module is given the learnt tokens only.
+        as in the causal language models of transformers, this module is given the learnt tokens only, as
+        (1, learnt tokens, width). Its last operation must not need its own output for its gradient (a softmax does).
     batch : mapping
         Arguments of the model, and ``labels``, int64: (examples, tokens), -100 where a token is not learnt; or
         (examples,) or (examples, 1) for classes.
@@ -42,7 +42,15 @@ def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Returns
     -------
     Tensor
-        Shape (examples,), float32 (float64 for a model of that type). Can be differentiated once.
+        Shape (examples,), float32 (float64 for a model of that type). Can be differentiated once, and once only.
+        What some models add to their own loss, such as the balance of experts, is not in it.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many logits as labels.
+    RuntimeError
+        In the backward pass: if it is the second one, or was asked for a graph of its own.
 
     Examples
     --------
@@ -57,16 +65,22 @@ def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
     targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     unknown = isinstance(labels, FakeTensor) or labels.is_meta or labels.dim() == 1
-    learnt = None if unknown else targets != IGNORED
-    with _only(learnt, model):
+    learnt = None if unknown else (targets.flatten() != IGNORED).nonzero()[:, 0]
+    with _only(learnt, labels.shape, model) as shortened:
         logits = model(**inputs).logits
     if logits.dim() == 2:
         return _plain(logits, labels.flatten())
+    expected = (1, learnt.numel()) if learnt is not None and shortened else labels.shape
+    if logits.shape[:-1] != expected:
+        raise ValueError(
+            f"the model must return logits for {tuple(expected)} tokens; found logits of shape {tuple(logits.shape)}"
+        )
     if learnt is None:
         return _plain(logits, targets).sum(1)
-    logits = logits[learnt] if logits.shape[:-1] == learnt.shape else logits.view(-1, logits.shape[-1])
-    every = _CrossEntropy.apply(logits, targets[learnt])
-    return every.new_zeros(len(labels)).index_add(0, learnt.nonzero()[:, 0], every)
+    logits, place = logits.flatten(0, 1), learnt.to(logits.device)
+    logits = logits if shortened else logits.index_select(0, place)
+    every = _CrossEntropy.apply(logits, targets.flatten()[learnt].to(logits.device))
+    return every.new_zeros(labels.numel()).index_put((place,), every).view(labels.shape).sum(1)
 
 
 def _plain(logits: Tensor, targets: Tensor) -> Tensor:
@@ -80,20 +94,27 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def _only(learnt: Tensor | None, model: Any) -> Iterator[None]:
-    """In this block a model's head reads the learnt tokens only, if it reads every token by itself."""
+def _only(learnt: Tensor | None, shape: Sequence[int], model: Any) -> Iterator[list[bool]]:
+    """In this block a model's head reads the learnt tokens only, if it reads every token by itself.
+
+    The list that is given to the block is not empty once it has done so.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    shortened: list[bool] = []
     if learnt is None or not isinstance(head, nn.Module):
-        yield
+        yield shortened
         return
 
     def shorten(_: nn.Module, args: tuple[Any, ...]) -> Any:
-        whole = len(args) == 1 and isinstance(args[0], Tensor) and args[0].shape[:-1] == learnt.shape
-        return (args[0][learnt][None],) if whole and not torch.compiler.is_compiling() else None
+        whole = len(args) == 1 and isinstance(args[0], Tensor) and args[0].shape[:-1] == shape
+        if not whole or torch.compiler.is_compiling():
+            return None
+        shortened.append(True)
+        return (args[0].flatten(0, 1).index_select(0, learnt.to(args[0].device))[None],)
 
     hook = head.register_forward_pre_hook(shorten)
     try:
-        yield
+        yield shortened
     finally:
         hook.remove()
 
@@ -113,13 +134,12 @@ class _CrossEntropy(torch.autograd.Function):
         return sums - logits.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         """The gradient of the logits, in their memory."""
-        if ctx.over:
-            raise RuntimeError("losses_of can be differentiated once: its gradient has been written over the logits")
+        if ctx.over or torch.is_grad_enabled():  # enabled: with create_graph=True
+            raise RuntimeError("losses_of can be differentiated once: its gradient is written over the logits")
         logits, targets, sums = ctx.saved_tensors
-        ctx.over = True
+        logits, ctx.over = logits.detach(), True
         for rows in _pieces(logits):
             share = logits[rows].to(sums.dtype)  # the logits themselves in float32
             share.sub_(sums[rows, None]).exp_()

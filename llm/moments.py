@@ -193,21 +193,24 @@ def update_(
     for update in updates:
         entries = flat(update.param)
         most = CACHED if entries.is_cpu else CHUNK
-        for span in _spans_of(update, entries, states):
-            if isinstance(span.where, Tensor) and span.unit >= LEAST and span.compiled:
-                _step_rows(span, scale, generator)
-                continue
-            kind, size = span.kind, span.size
-            if size > (SMALL if isinstance(span.where, slice) else most):
-                _step([span], scale, generator)
-                continue
-            if kind in waiting and held[kind] + size > most:
-                use([kind])
-            waiting.setdefault(kind, []).append(span)
-            held[kind] = held.get(kind, 0) + size
-        if not update.param.is_contiguous():  # its layout is not that of a vector
-            use(list(waiting))
-            update.param.detach().copy_(entries.view(update.param.shape))
+        try:
+            for span in _spans_of(update, entries, states):
+                if isinstance(span.where, Tensor) and span.unit >= LEAST and span.compiled:
+                    _step_rows(span, scale, generator)
+                    continue
+                kind, size = span.kind, span.size
+                if size > (SMALL if isinstance(span.where, slice) else most):
+                    _step([span], scale, generator)
+                    continue
+                if kind in waiting and held[kind] + size > most:
+                    use([kind])
+                waiting.setdefault(kind, []).append(span)
+                held[kind] = held.get(kind, 0) + size
+            if not update.param.is_contiguous():
+                use(list(waiting))
+        finally:
+            if not update.param.is_contiguous():  # its layout is not that of a vector
+                update.param.detach().copy_(entries.view(update.param.shape))
     use(list(waiting))
 
 

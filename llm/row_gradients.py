@@ -65,6 +65,7 @@ class RowWatcher(Protocol):
 # -- inputs that are products ----------------------------------------------------------------------
 
 TOGETHER = 2**20  # entries of a product that are made at a time on a CPU: little memory, and few regions of threads
+ELSEWHERE = 2**25  # entries of a gradient that are copied at a time on other devices: few kernels
 _scratch = threading.local()  # .tensor: where they are made, since fresh memory takes longer than a multiplication
 
 
@@ -134,6 +135,11 @@ class _Matrix:
                 self.weight = factor if self.weight is None else self.weight * factor
             else:
                 self._full.append(factor.expand(shape).reshape(-1, columns))
+
+    @property
+    def made_again(self) -> bool:
+        """Whether it has to be multiplied, which is done at once and held if it is asked for twice."""
+        return len(self._full) > 1
 
     def pieces(self) -> list[slice]:
         """Which rows to multiply at a time: all from the second time on, and where one factor is left."""
@@ -259,9 +265,10 @@ class _Linear(torch.autograd.Function):
             """Of some rows of the weight."""
             if isinstance(rows, slice):
                 return matrix.times(flat[:, rows])
-            if len(rows) * len(flat) <= TOGETHER:
+            most = TOGETHER if flat.is_cpu else ELSEWHERE
+            if len(rows) * len(flat) <= most or matrix.made_again:
                 return matrix.times(flat.index_select(1, rows))
-            pieces = rows.split(max(1, TOGETHER // len(flat)))  # a copy of the gradients of some outputs at a time
+            pieces = rows.split(max(1, most // len(flat)))  # a copy of the gradients of some outputs at a time
             out, start = flat.new_empty(len(rows), weight.shape[1]), 0
             for piece in pieces:
                 out[start : start + len(piece)] = matrix.times(flat.index_select(1, piece))

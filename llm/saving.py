@@ -53,6 +53,12 @@ def unpack(optimizer: BlockLLM, saved: Mapping[str, Any]) -> None:
         if part is not None and part.index is not None:
             param = optimizer.param(position)
             index = optimizer.state.get(param, {}).get("index", part.index)  # one copy serves both
+            slices = optimizer.blocks.sizes[position] // part.unit
+            if index.numel() != part.count or index.min() < 0 or index.max() >= slices:
+                raise ValueError(
+                    f"state_dict must name {part.count} of the {slices} slices of {optimizer.blocks.names[position]}; "
+                    f"found {index.numel()} between {int(index.min())} and {int(index.max())}"
+                )
             optimizer.parts[position] = part.at(index.to(param.device))  # type: ignore[index]
 
 

@@ -44,7 +44,7 @@ def test_float32_moments(rows, width, spread, seed, kind, beta1, cautious, decay
     adamw_(expected[0], grad * scale, expected[1], expected[2], step, hyper)
     adamw_rows_(weight, index, grad, mean, square, step, hyper, scale, torch.Generator())
     for found, wanted in zip((weight[index.long()], mean, square), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=2e-6, atol=1e-7 * spread if found is mean else 1e-12)
+        torch.testing.assert_close(found, wanted, rtol=2e-6, atol=1e-7 * (0.1 if found is not mean else spread))
     assert torch.equal(weight.index_fill_(0, index.long(), 0), others)
 
 
@@ -110,3 +110,11 @@ def test_what_it_knows():
     assert not fits(weight.bfloat16(), weight.bfloat16())
     assert not fits(weight, weight.to(torch.int8))
     assert not fits(weight.to("meta"), weight.to("meta"))
+
+
+def test_rows_without_a_gradient_are_refused():
+    """The compiled loop would read past its end."""
+    weight, index, grad, mean, square = start(4, 33, 1.0, 5, torch.int64)
+    for arrays in ((grad[:3], mean, square), (grad, mean[:3], square), (grad, mean, square[:3])):
+        with pytest.raises(ValueError, match="equally many"):
+            adamw_rows_(weight, index, *arrays, 1, Hyper(1e-2, 0.9, 0.95, 1e-8, 0.0), 1.0, torch.Generator())

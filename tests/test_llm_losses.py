@@ -13,6 +13,7 @@ from test_llm_models import DECODERS, SIZES, decoder, gpt2  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
+from llm import BlockLLM  # noqa: E402
 from llm import losses as module  # noqa: E402
 from llm.losses import losses_of  # noqa: E402
 
@@ -131,6 +132,56 @@ def test_a_model_that_makes_all_logits(kind):
         torch.testing.assert_close(a, b)
 
 
+def test_nothing_is_learnt():
+    model, batch = decoder("Llama"), masked()
+    losses = losses_of(model, batch | {"labels": torch.full_like(batch["labels"], IGNORED)})
+    assert losses.tolist() == [0, 0, 0]
+    assert not any(bool(grad.any()) for grad in gradients(model, losses.sum()))
+
+
+class Combined(Reshaped):
+    """Multiplies logits by something of every token, so that few logits do not fit."""
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.layers(input_ids) * (1 + input_ids[..., None]))
+
+
+class Last(Plain):
+    """Returns logits of the last tokens alone."""
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.layers(input_ids)[:, -2:])
+
+
+@pytest.mark.parametrize("kind", [Combined, Last])
+def test_logits_of_other_tokens_are_refused(kind):
+    """Also where their number happens to be that of the learnt tokens, or of the tokens of an example."""
+    ids = torch.randint(3, 64, (2, 4))
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, 2:] = ids[:, 2:]
+    with pytest.raises(ValueError, match="logits for"):
+        losses_of(kind(), {"input_ids": ids, "labels": labels})
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_with_rows_of_blockllm_and_autocast(low):
+    """The head is one of its layers of rows; the same run as with the model's own loss."""
+    finals = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        model = decoder("Qwen3, tied")
+        optimizer = BlockLLM(model, 1e-3, budget=0.3, granularity="rows", switch_every=2)
+        for step in range(5):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                batch = masked(step)
+                loss = model(**batch).loss if own else losses_of(model, batch).sum() / 8
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        finals.append((loss.detach(), nn.utils.parameters_to_vector(model.parameters())))
+    torch.testing.assert_close(*finals, rtol=1e-2 if low else 1e-4, atol=1e-2 if low else 1e-5)
+
+
 def test_the_head_is_as_it_was_after_an_error():
     model = decoder("Llama")
     with pytest.raises(IndexError):
@@ -146,7 +197,10 @@ def test_a_compiled_model():
     for k in range(2):
         batch = masked(k)
         batch["labels"][0, 3 + k] = IGNORED
-        torch.testing.assert_close(losses_of(compiled, batch), losses_of(model, batch))
+        pair = losses_of(compiled, batch), losses_of(model, batch)
+        torch.testing.assert_close(*pair)
+        found = [gradients(model, losses.sum()) for losses in pair]
+        torch.testing.assert_close(*found)
 
 
 def test_shapes_alone():
@@ -166,6 +220,9 @@ def test_the_gradient_is_written_over_the_logits_once():
     assert grad.data_ptr() == inner.data_ptr()
     with pytest.raises(RuntimeError, match="once"):
         losses.sum().backward()
+    losses = module._CrossEntropy.apply(logits * 1.0, torch.arange(5))
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(losses.sum(), logits, create_graph=True)
 
 
 @given(
@@ -200,6 +257,8 @@ def test_a_trainer_with_these_losses(tmp_path):
 
     class LeanTrainer(transformers.Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if return_outputs:
+                return super().compute_loss(model, inputs, True, num_items_in_batch)
             learnt = (inputs["labels"][:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
             return losses_of(model, inputs).sum() / learnt
 
@@ -210,6 +269,8 @@ def test_a_trainer_with_these_losses(tmp_path):
     for kind in (transformers.Trainer, LeanTrainer):
         torch.manual_seed(0)
         model = decoder("Llama")
-        kind(model, arguments, train_dataset=rows).train()
+        trainer = kind(model, arguments, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0
         finals.append(nn.utils.parameters_to_vector(model.parameters()))
     torch.testing.assert_close(*finals, rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ import torch
 
 from llm import moments
 from llm.adam import Hyper
-from llm.compact import CompactGrad, Part
+from llm.compact import CompactGrad, Part, restrict
 from llm.fused import LEAST
 from llm.moments import Update, update_
 
@@ -130,3 +130,28 @@ def test_step_counts_and_weights_stay_together_where_an_update_fails(monkeypatch
     for group in (made, before):  # and can go on
         update_(group, generator=torch.Generator())
     assert all(torch.equal(a.param, b.param) for a, b in zip(made, before, strict=True))
+
+
+@pytest.mark.parametrize("ramp", [0, 4])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_compiled_step_is_that_of_float64(ramp, scale, transposed):
+    """Rows of two cohorts, one of which began later; a parameter whose layout is not that of a vector."""
+    torch.manual_seed(0)
+    weight, index = torch.randn(40, 48), torch.randperm(40)[:9].to(torch.int32)
+    gradients = torch.randn(5, 40, 48)
+    finals = []
+    for dtype in (torch.float32, torch.float64):
+        param = (weight.t().contiguous().t() if transposed else weight.clone()).to(dtype)
+        assert param.is_contiguous() != transposed
+        cohorts: list[dict] = [{"count": 4, "step": 0, "ramp": 0}, {"count": 5, "step": 0, "ramp": ramp}]
+        for k, dense in enumerate(gradients):
+            active = cohorts if k > 1 else cohorts[:1]
+            part = Part(48, 9, index) if k > 1 else Part(48, 4, index[:4])
+            update = Update(param, restrict(dense.to(dtype), part), part, active, HYPER, "stochastic")
+            update_([update], scale=scale, generator=torch.Generator())
+        finals.append([param, *(cohort[name] for cohort in cohorts for name in ("exp_avg", "exp_avg_sq"))])
+        assert [cohort["step"] for cohort in cohorts] == [5, 3]
+    assert not torch.isclose(finals[0][0][index.long()], weight[index.long()]).any()
+    for a, b in zip(*finals, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)

@@ -155,6 +155,18 @@ def test_states_of_other_blocks_are_refused(saved, made, message):
         make(**made)[1].load_state_dict(run[1].state_dict())
 
 
+@pytest.mark.parametrize("damage", [lambda i: i.add_(10_000), lambda i: i.sub_(10_000), lambda i: i.resize_(1)])
+def test_slices_that_do_not_exist_are_refused(damage):
+    """They would be written to, past the end of the parameter."""
+    run = make(granularity="rows")
+    steps(*run, batches(4))
+    state = through_a_file(run[1].state_dict())
+    index = next(entry["index"] for entry in state["state"].values() if entry["index"].numel() > 1)
+    damage(index)
+    with pytest.raises(ValueError, match="slices of"):
+        make(granularity="rows")[1].load_state_dict(state)
+
+
 def test_what_does_not_shape_the_state_may_change():
     run = make()
     steps(*run, batches(2))

@@ -524,6 +524,14 @@ def test_only_full_factors_are_multiplied_and_few_rows_at_a_time(monkeypatch):
     assert again.data_ptr() == once.data_ptr()
 
 
+@torch.no_grad()
+def test_what_is_multiplied_again_is_said_to_be():
+    """Such a product is held if it is asked for twice, so that rows of its gradient are taken at once."""
+    x, scale, weight = torch.randn(8, WIDTH), torch.rand(8, 1), torch.rand(WIDTH)
+    assert not row_gradients._Matrix([x, scale, weight], x.shape, x.dtype).made_again
+    assert row_gradients._Matrix([x, scale, x], x.shape, x.dtype).made_again
+
+
 def test_memory_is_reused_only_where_nothing_can_tell():
     x, y = torch.rand(8, WIDTH), torch.rand(8, WIDTH)
     whole = slice(None)
