@@ -106,6 +106,7 @@ def _only(learnt: Tensor | None, shape: Sequence[int], model: Any) -> Iterator[l
         return
 
     def shorten(_: nn.Module, args: tuple[Any, ...]) -> Any:
+        """The input of the head, cut down."""
         whole = len(args) == 1 and isinstance(args[0], Tensor) and args[0].shape[:-1] == shape
         if not whole or torch.compiler.is_compiling():
             return None
