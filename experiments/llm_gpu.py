@@ -109,7 +109,7 @@ def timed(task: Task, method: Method, dtype: str, copies: int) -> Results:
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        loss = update(model, optimizer, batch, RATE)
+        loss = update(model, optimizer, batch, RATE, task.loss)
         torch.cuda.synchronize()
         if not math.isfinite(loss):
             raise ValueError(f"the loss must be finite while steps are timed; found {loss} with {dtype}")

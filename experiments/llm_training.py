@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from experiments import llm_tasks
-from experiments.llm_batches import Batch, Task, own_loss
+from experiments.llm_batches import Batch, Task
 from experiments.llm_common import COST, CPU, MEMORY, START, Matrix, Unit, end_with_parent
 from experiments.llm_methods import SHORT, Method, layers
 from experiments.llm_report import Measure, criterion
@@ -112,9 +112,7 @@ def _selection(optimizer: torch.optim.Optimizer) -> Results:
     return {"selection": kept | {"switches": [switch["step"] for switch in report["history"]]}}
 
 
-def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, loss_of: LossOf = own_loss
-) -> float:
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float, loss_of: LossOf) -> float:
     """One step at a learning rate. Returns its loss; nan if a gradient was refused because it was not finite."""
     model.train()
     for group in optimizer.param_groups:
