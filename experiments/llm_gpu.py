@@ -11,6 +11,7 @@ time is noise.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import math
@@ -38,6 +39,7 @@ NAMES = (
     "LoRA r8",
     "BAdam",
     "BlockLLM rows, cautious",
+    "BlockLLM neurons",
     "BlockLLM rows of few tensors",
     "BlockLLM rows 15%, 8-bit",
     "BlockLLM tensors",
@@ -53,7 +55,7 @@ Results = dict[str, Any]
 
 
 def run(quick: bool) -> Results:
-    """Time every method in every case; quick: two methods in one case.
+    """Time every method in every case, until Ctrl-C; quick: two methods in one case.
 
     Raises
     ------
@@ -67,8 +69,8 @@ def run(quick: bool) -> Results:
     task = moved(task, "cuda")._replace(model=task.model.cpu())  # what is measured is a copy on the device
     names, cases = (NAMES[:2], CASES[:1]) if quick else (NAMES, CASES)
     found = []
-    for dtype, copies in cases:
-        for name in (name for name in names if METHODS[name].installed):
+    with contextlib.suppress(KeyboardInterrupt):  # what there is by then is kept
+        for dtype, copies, name in ((*case, name) for case in cases for name in names if METHODS[name].installed):
             found.append({"dtype": dtype, "copies": copies, "method": name} | timed(task, METHODS[name], dtype, copies))
             print(f"llm_gpu: {dtype} x {copies}, {name}: {1e3 * found[-1]['step']:.1f} ms", flush=True)
     return {"steps": found, "device": where("cuda") | {"torch": torch.__version__}, "threads": threads()}

@@ -33,6 +33,7 @@ ROWS = {
     "states": "bf16",
 }  # "BlockLLM rows"
 NAMED = ROWS | {"cautious": True}  # "BlockLLM rows, cautious": the named configuration
+NEURONS = NAMED | {"granularity": "neurons"}  # "BlockLLM neurons"
 FEW = NAMED | {"embeddings": "never", "reach": 2.0}  # "BlockLLM rows of few tensors"
 
 

@@ -11,6 +11,9 @@ granularity  a block is                                                         
 ``layer``    everything below the first number in the name, such as              r c
              ``model.layers.7``; a parameter without a number is a block
 ``rows``     one row (the first axis: an output of a linear layer, a token)      c
+``neurons``  the same; one column where a layer writes what is inside of an      c, or r
+             attention or a feed-forward block back into the stream
+             (:data:`WRITERS`): an input of that layer
 ``entries``  one parameter, of which any entries may be active                   r c
 ===========  ==================================================================  =========================
 
@@ -29,9 +32,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GRANULARITIES", "Blocks", "embeddings", "entries_of_budget", "matching", "named_groups"]
+from llm.compact import Part, index_dtype
 
-GRANULARITIES = ("tensor", "layer", "rows", "entries")
+__all__ = ["GRANULARITIES", "WRITERS", "Blocks", "embeddings", "entries_of_budget", "matching", "named_groups"]
+
+GRANULARITIES = ("tensor", "layer", "rows", "neurons", "entries")
+WRITERS = ("o_proj", "out_proj", "down_proj", "output.dense", "dense_4h_to_h", "out_lin", "lin2", "fc2", "wo", "w2")
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -176,6 +182,8 @@ class Blocks:
     cost : Tensor of int64, shape (blocks,)
         Entries of each block; on the CPU.
     granularity : str
+    columns : tuple of bool
+        Whether the slices of a parameter are its columns.
     """
 
     names: tuple[str, ...]
@@ -184,6 +192,7 @@ class Blocks:
     first: tuple[int, ...]
     cost: Tensor
     granularity: str
+    columns: tuple[bool, ...]
     sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -202,7 +211,9 @@ class Blocks:
         """
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}; found {granularity!r}")
-        units = [_unit(name, shape, granularity) for name, shape in zip(names, shapes, strict=True)]
+        pairs = list(zip(names, shapes, strict=True))
+        columns = [granularity == "neurons" and _writes(name, shape) for name, shape in pairs]
+        units = [_unit(name, shape, granularity) for name, shape in pairs]
         first: list[int] = []
         cost: list[int] = []
         layers: dict[str, int] = {}
@@ -215,9 +226,8 @@ class Blocks:
             else:
                 cost += [unit] * slices
             first.append(number)
-        return cls(
-            tuple(names), tuple(shapes), tuple(units), tuple(first), torch.tensor(cost, dtype=torch.int64), granularity
-        )
+        costs = torch.tensor(cost, dtype=torch.int64)
+        return cls(tuple(names), tuple(shapes), tuple(units), tuple(first), costs, granularity, tuple(columns))
 
     @property
     def total(self) -> int:
@@ -228,14 +238,24 @@ class Blocks:
         """Number of slices of a parameter."""
         return self.sizes[position] // self.units[position]
 
+    def part(self, position: int, index: Tensor) -> Part:
+        """Some slices of a parameter."""
+        columns = self.columns[position]
+        return Part(self.units[position], len(index), index.to(index_dtype(self.sizes[position])), columns)
+
+    @property
+    def fine(self) -> bool:
+        """Whether blocks are rows (or columns) of matrices."""
+        return self.granularity in ("rows", "neurons")
+
     def name(self, block: int) -> str:
-        """A readable name, such as ``layers.0.mlp.weight[17]`` for row 17."""
+        """A readable name, such as ``layers.0.mlp.weight[17]`` for row 17, ``[:, 17]`` for column 17."""
         if self.granularity == "layer":
             name = self.names[self.first.index(block)]
             return _layer(name) if self.first.count(block) > 1 else name
         position = max(i for i, first in enumerate(self.first) if first <= block)
-        whole = self.slices(position) == 1
-        return self.names[position] if whole else f"{self.names[position]}[{block - self.first[position]}]"
+        place = f"{':, ' if self.columns[position] else ''}{block - self.first[position]}"
+        return self.names[position] if self.slices(position) == 1 else f"{self.names[position]}[{place}]"
 
 
 def matching(names: Sequence[str], patterns: str | Iterable[str], argument: str) -> set[int]:
@@ -272,11 +292,19 @@ def _layer(name: str) -> str:
     return ".".join(parts[: numbered[0] + 1]) if numbered else name
 
 
+def _writes(name: str, shape: torch.Size) -> bool:
+    """Whether it is the matrix of a linear layer that is called like one of :data:`WRITERS`."""
+    module = "." + name.removesuffix(".weight")
+    return len(shape) == 2 and name.endswith(".weight") and module.endswith(tuple(f".{writer}" for writer in WRITERS))
+
+
 def _unit(name: str, shape: torch.Size, granularity: str) -> int:
     size = math.prod(shape)
     if size == 0:
         return 1
     fused = len(shape) == 3 and "expert" in name.lower()
-    if granularity == "rows" and len(shape) >= 2:
+    if granularity == "neurons" and _writes(name, shape):
+        return shape[0]
+    if granularity in ("rows", "neurons") and len(shape) >= 2:
         return size // (shape[0] * shape[1] if fused else shape[0])
     return size // shape[0] if granularity == "tensor" and fused else size

@@ -152,26 +152,32 @@ class Census:
         if self.score == "adam":
             where = part.where.long()
             sums = self.of_rows(grad, hyper)
-            inside = part.at(torch.arange(part.count, device=grad.device))
+            inside = Part(part.unit, part.count, torch.arange(part.count, device=grad.device))
             self._correct(sums, sums.new_zeros(0, dtype=torch.int64), grad, inside, cohorts, hyper)
             self.sums[position][where] = sums
 
     def _reduced(
         self, position: int, grad: Tensor, part: Part | None, cohorts: list[Cohort], hyper: Hyper
     ) -> tuple[Tensor, Tensor | None]:
-        unit = self.blocks.units[position]
         sums = grad.new_zeros(self.blocks.slices(position), dtype=torch.float32)
         counts = grad.new_zeros(BINS if self.entries else 0, dtype=torch.int64)
-        entries = grad.reshape(-1)
+        if self.blocks.columns[position]:
+            for rows in grad.split(max(1, CHUNK // grad.shape[1])):
+                sums += self._terms(self._processed(rows, hyper)).sum(0)
+        else:
+            self._sum_slices(sums, counts, grad.reshape(-1), self.blocks.units[position], hyper)
+        if self.score == "adam" and part is not None:
+            self._correct(sums, counts, grad, part, cohorts, hyper)
+        return sums, counts if self.entries else None
+
+    def _sum_slices(self, sums: Tensor, counts: Tensor, entries: Tensor, unit: int, hyper: Hyper) -> None:
+        """Add what slices of consecutive entries give."""
         for a, b in _pieces(entries.numel(), unit):
             piece = self._processed(entries[a:b], hyper)
             found = self._terms(piece).view(-1, min(unit, b - a)).sum(1)
             sums[a // unit : a // unit + len(found)] += found
             if self.entries:
                 counts += _bins(piece.abs())
-        if self.score == "adam" and part is not None:
-            self._correct(sums, counts, grad, part, cohorts, hyper)
-        return sums, counts if self.entries else None
 
     def _processed(self, grad: Tensor, hyper: Hyper) -> Tensor:
         grad = grad.float()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bcd.selection import BlockRule, Fill, fill_budget
 from llm.blocks import Blocks, embeddings, entries_of_budget, matching
 from llm.census import Census, entry_counts
-from llm.compact import Part, index_dtype
+from llm.compact import Part
 from llm.moments import bytes_per_entry
 from llm.settings import Settings, resolve_block_rule
 
@@ -100,7 +100,7 @@ class Chooser:
 
     @property
     def _tensors_first(self) -> bool:
-        fine = self._by_entry or self.blocks.granularity == "rows"
+        fine = self._by_entry or self.blocks.fine
         return fine and self.rule.scored and self.reach is not None
 
     def _tensor_cost(self) -> Tensor:
@@ -165,11 +165,11 @@ class Chooser:
         owner = torch.searchsorted(first, index, right=True) - 1
         for position in owner.unique().tolist():
             mine = owner == position
-            unit, size = self.blocks.units[position], self.blocks.sizes[position]
-            slices = (index[mine] - first[position]).to(index_dtype(size))
+            unit = self.blocks.units[position]
+            slices = index[mine] - first[position]
             spent = int(fill.amount[order][mine].sum())
             cut = spent < unit * len(slices)
-            parts[position] = Part(1, spent, None) if cut else Part(unit, len(slices), slices)
+            parts[position] = Part(1, spent, None) if cut else self.blocks.part(position, slices)
 
     def _take_layers(self, parts: Parts, fill: Fill, census: Census) -> None:
         """A layer that is taken in part is filled by its tensors, the largest norm first."""

@@ -2,15 +2,15 @@
 """Active parts of a parameter, and gradients that are stored for these parts only.
 
 A parameter of n entries, seen as a table of n / unit slices of ``unit`` consecutive entries, is active in some of
-its slices: one slice (the whole tensor), rows, experts, or with unit 1 single entries. Its gradient is zero
-elsewhere by definition (the rest is frozen), so that norms, clipping and scaling of what is stored are exact.
+its slices: one slice (the whole tensor), rows, experts, or with unit 1 single entries. A matrix can be active in some
+of its columns, too, which are the slices of its transpose. Its gradient is zero elsewhere by definition (the rest is
+frozen), so that norms, clipping and scaling of what is stored are exact.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,11 +34,14 @@ class Part:
     index : Tensor of int32 or int64, shape (count,), or None
         Which they are, distinct, on the device of the parameter. None: the ``count`` entries (unit 1) with the
         largest gradient, once there is one.
+    columns : bool
+        Whether a slice is a column of a matrix, not a run of consecutive entries.
     """
 
     unit: int
     count: int
     index: Tensor | None
+    columns: bool = False
 
     @property
     def entries(self) -> int:
@@ -54,7 +57,15 @@ class Part:
 
     def at(self, index: Tensor) -> Part:
         """The same number of slices elsewhere, on another device or in another order."""
-        return Part(self.unit, self.count, index)
+        return replace(self, index=index)
+
+    def table(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as a table of slices, a view wherever its layout allows."""
+        return tensor.t() if self.columns else tensor.reshape(-1, self.unit)
+
+    def fits(self, other: Part) -> bool:
+        """Whether the slices of both are cut in the same way."""
+        return self.unit == other.unit and self.columns == other.columns
 
     @classmethod
     def whole(cls, size: int) -> Part:
@@ -112,9 +123,9 @@ class CompactGrad(torch.Tensor):
 
     def dense(self) -> Tensor:
         """The whole gradient with its zeros."""
-        table = self.active.new_zeros(math.prod(self.shape) // self.part.unit, self.part.unit)
-        table[self.part.where] = self.active
-        return table.view(self.shape)
+        whole = self.active.new_zeros(self.shape)
+        self.part.table(whole)[self.part.where] = self.active
+        return whole
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -139,8 +150,8 @@ class CompactGrad(torch.Tensor):
 def _gather(grad: Tensor, part: Part) -> Tensor:
     """The slices of ``part`` as a new table of shape (count, unit); 0 where a compact gradient lacks them."""
     if not isinstance(grad, CompactGrad):
-        return grad.reshape(-1, part.unit)[part.where]
-    if grad.part.unit != part.unit:
+        return part.table(grad)[part.where]
+    if not grad.part.fits(part):
         raise AssertionError("compact gradients are narrowed to slices of the same size only")
     ordered, order = grad.part.where.sort()
     place = torch.searchsorted(ordered, part.where).clamp_(max=len(ordered) - 1)

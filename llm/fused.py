@@ -46,6 +46,7 @@ def adamw_rows_(
     Parameters
     ----------
     weight : Tensor of float32, shape (m, n)
+        In any layout: of the transpose of a matrix, rows are its columns.
     rows : Tensor of int32 or int64, shape (k,)
         Distinct, and rows of ``weight``: that is not looked at.
     grad : Tensor of float32, shape (k, n)

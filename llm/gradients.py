@@ -65,14 +65,14 @@ def stored(grad: Tensor) -> Tensor:
 def narrow(param: Tensor, part: Part | None) -> None:
     """Cut the gradient that is held for a parameter down to a part; dropped where it lacks slices of that kind."""
     grad = param.grad
-    if part is None or grad is None or (isinstance(grad, CompactGrad) and grad.part.unit != part.unit):
+    if part is None or grad is None or (isinstance(grad, CompactGrad) and not grad.part.fits(part)):
         param.grad = None
     elif part.index is None:
         param.grad = restrict(grad, pick_largest(grad, part.count))
     else:
         part = part.at(part.index.to(param.device))
         whole = part.unit < part.entries == grad.numel() and not isinstance(grad, CompactGrad)
-        if whole:  # all slices, in ascending order as they were chosen: no copy
+        if whole and not part.columns:  # all slices, in ascending order as they were chosen: no copy
             param.grad = CompactGrad(grad.reshape(-1, part.unit), part, grad.shape)
         elif not (isinstance(grad, CompactGrad) and torch.equal(grad.part.where, part.where)):
             param.grad = restrict(grad, part)
@@ -125,7 +125,7 @@ def update_inactive(
         kind, grad = ("sgd", spectral_direction(grad)) if grad.dim() > 1 else ("sign", grad)
     grad = grad.contiguous()
     if part is not None and part.index is not None:
-        grad.view(-1, part.unit)[part.index] = 0
+        part.table(grad)[part.index] = 0
     entries, dtype = flat(param), working_dtype(param.dtype)
     for a in range(0, entries.numel(), CHUNK):
         old = entries[a : a + CHUNK]

@@ -61,7 +61,7 @@ def _spans(part: Part, size: int, lo: int, hi: int) -> Iterator[tuple[int, int, 
     Large slices are cut and named by a slice of entries, small ones are taken together and named by their index.
     """
     unit = part.unit
-    if unit == size or (unit >= CHUNK and unit % GROUP == 0):
+    if not part.columns and (unit == size or (unit >= CHUNK and unit % GROUP == 0)):
         places = [0] if unit == size else part.where[lo:hi].tolist()
         for k, place in enumerate(places, lo):
             for a in range(0, unit, CHUNK):
@@ -126,8 +126,8 @@ class Update(NamedTuple):
 class _Span(NamedTuple):
     """Entries a, ..., b - 1 of a cohort, where they are among the entries of their parameter, and which step comes."""
 
-    entries: Tensor
-    unit: int
+    entries: Tensor  # a vector, or for columns the matrix
+    part: Part
     where: slice | Tensor
     grad: Callable[[], Tensor]
     cohort: Cohort
@@ -151,6 +151,11 @@ class _Span(NamedTuple):
     def compiled(self) -> bool:
         """Whether there is one pass for its types."""
         return "master" not in self.cohort and fits(self.entries, self.cohort["exp_avg"])
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether it is rows (or columns) that can be updated in one pass."""
+        return isinstance(self.where, Tensor) and self.part.unit >= LEAST and self.compiled
 
     def of(self, name: str) -> Tensor:
         """A moment or the float32 weights there, as they are stored."""
@@ -191,11 +196,11 @@ def update_(
             del held[kind]
 
     for update in updates:
-        entries = flat(update.param)
+        entries = update.param.detach() if update.part.columns else flat(update.param)
         most = CACHED if entries.is_cpu else CHUNK
         try:
             for span in _spans_of(update, entries, states):
-                if isinstance(span.where, Tensor) and span.unit >= LEAST and span.compiled:
+                if span.in_rows:
                     _step_rows(span, scale, generator)
                     continue
                 kind, size = span.kind, span.size
@@ -206,10 +211,10 @@ def update_(
                     use([kind])
                 waiting.setdefault(kind, []).append(span)
                 held[kind] = held.get(kind, 0) + size
-            if not update.param.is_contiguous():
+            if not (update.param.is_contiguous() or update.part.columns):
                 use(list(waiting))
         finally:
-            if not update.param.is_contiguous():  # its layout is not that of a vector
+            if not (update.param.is_contiguous() or update.part.columns):  # its layout is not that of a vector
                 update.param.detach().copy_(entries.view(update.param.shape))
     use(list(waiting))
 
@@ -217,7 +222,7 @@ def update_(
 def _spans_of(update: Update, entries: Tensor, states: str) -> Iterator[_Span]:
     """The spans of a parameter, with moments made that are not there yet."""
     part, dtype = update.part, working_dtype(entries.dtype)
-    gradient = _pieces_of(update.grad, part.unit)
+    gradient = _pieces_of(update.grad, part)
     lo = 0
     for cohort in update.cohorts:
         if "exp_avg" not in cohort:
@@ -229,37 +234,37 @@ def _spans_of(update: Update, entries: Tensor, states: str) -> Iterator[_Span]:
         hyper, start = update.hyper._replace(lr=rate), lo * part.unit
         for a, b, where in _spans(part, entries.numel(), lo, lo + cohort["count"]):
             piece = functools.partial(gradient, a, b, where)
-            yield _Span(entries, part.unit, where, piece, cohort, a - start, b - start, step, hyper)
+            yield _Span(entries, part, where, piece, cohort, a - start, b - start, step, hyper)
         lo += cohort["count"]
 
 
-def _pieces_of(grad: Gradient, unit: int) -> Callable[[int, int, slice | Tensor], Tensor]:
+def _pieces_of(grad: Gradient, part: Part) -> Callable[[int, int, slice | Tensor], Tensor]:
     """The gradient of what :func:`_spans` names."""
     if not isinstance(grad, Tensor):
-        return lambda a, b, where: grad(where).view(-1)  # type: ignore[arg-type]
+        return lambda a, b, where: grad(where).reshape(-1)  # type: ignore[arg-type]
     if isinstance(grad, CompactGrad):
         active = grad.active.reshape(-1)
         return lambda a, b, where: active[a:b]
-    entries = grad.reshape(-1)
-    return lambda a, b, where: _at(entries, where, unit)
+    entries = grad if part.columns else grad.reshape(-1)
+    return lambda a, b, where: _at(entries, where, part)
 
 
-def _at(entries: Tensor, where: slice | Tensor, unit: int) -> Tensor:
+def _at(entries: Tensor, where: slice | Tensor, part: Part) -> Tensor:
     """A piece of a tensor as :func:`_spans` names it; a view if that is a slice."""
-    return entries[where] if isinstance(where, slice) else entries.view(-1, unit)[where].view(-1)
+    return entries[where] if isinstance(where, slice) else part.table(entries)[where].reshape(-1)
 
 
 def _taken(entries: Tensor, part: Part, lo: int, count: int) -> Tensor:
     if part.unit == entries.numel():
         return entries.clone().view(1, -1)
-    return entries.view(-1, part.unit)[part.where[lo : lo + count]]
+    return part.table(entries)[part.where[lo : lo + count]]
 
 
 def _step_rows(span: _Span, scale: float, generator: torch.Generator) -> None:
-    """AdamW on rows where they are."""
+    """AdamW on rows or columns where they are."""
     grad = span.grad().to(span.entries.dtype).contiguous()
-    tensors = (span.entries, grad, *(span.of(name) for name in _MOMENTS))
-    weight, grad, mean, square = (x.view(-1, span.unit) for x in tensors)
+    grad, mean, square = (x.view(-1, span.part.unit) for x in (grad, *(span.of(name) for name in _MOMENTS)))
+    weight = span.part.table(span.entries)
     adamw_rows_(weight, span.where, grad, mean, square, span.step, span.hyper, scale, generator)  # type: ignore[arg-type]
     span.cohort["step"] = span.step
 
@@ -275,7 +280,7 @@ def _step(spans: list[_Span], scale: float, generator: torch.Generator) -> None:
     if masters:
         weight = join([span.of("master") for span in spans])
     else:
-        stored = join([_at(span.entries, span.where, span.unit) for span in spans])
+        stored = join([_at(span.entries, span.where, span.part) for span in spans])
         weight = stored.to(dtype)
     mean, square = (_joined(spans, name, join, dtype) for name in _MOMENTS)
     adamw_(weight, grad, mean, square, first.step, first.hyper)
@@ -292,7 +297,7 @@ def _step(spans: list[_Span], scale: float, generator: torch.Generator) -> None:
         if isinstance(span.where, slice):
             span.entries[span.where] = piece
         else:
-            span.entries.view(-1, span.unit)[span.where] = piece.view(-1, span.unit)
+            span.part.table(span.entries)[span.where] = piece.view(-1, span.part.unit)
 
 
 class _Join:
@@ -354,12 +359,12 @@ def active_directions(
     grad : Tensor, shape (stop - start,)
         The gradient there.
     """
-    entries, lo = grad.reshape(-1), 0
+    entries, lo = grad if part.columns else grad.reshape(-1), 0
     for cohort in cohorts:
         start = lo * part.unit
         if "exp_avg" in cohort:
             for a, b, where in _spans(part, grad.numel(), lo, lo + cohort["count"]):
-                piece = _at(entries, where, part.unit)
+                piece = _at(entries, where, part)
                 piece = piece.to(working_dtype(piece.dtype))
                 mean, square = (_read(cohort, name, a - start, b - start, piece.dtype) for name in _MOMENTS)
                 yield a, b, adam_direction(piece, mean, square, cohort["step"] + 1, hyper), where, piece

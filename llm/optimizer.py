@@ -87,7 +87,7 @@ class BlockLLM(torch.optim.Optimizer):
         name. "auto": compete, unless one is larger than the budget, then never.
     always, never : sequence of str
         Parameters or modules by name (``"model.norm"``).
-    granularity : {"rows", "tensor", "layer", "entries"}
+    granularity : {"rows", "neurons", "tensor", "layer", "entries"}
         What a block is; :mod:`llm.blocks`.
     reach : float, optional
         Rows and entries are chosen inside tensors that together hold so many times the budget; None: in all.
@@ -260,9 +260,10 @@ class BlockLLM(torch.optim.Optimizer):
             self._row_gradients = None
         model = self._model() if self._model is not None else None
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if model is not None and alone and self.blocks.granularity == "rows" and self.settings.inactive == "freeze":
+        if model is not None and alone and self.blocks.fine and self.settings.inactive == "freeze":
             norms = not self.settings.in_backward  # a norm's weight would change before the rest of its backward
-            self._row_gradients = RowGradients(self, model, params, norms)
+            columns = {k for k, found in enumerate(self.blocks.columns) if found}
+            self._row_gradients = RowGradients(self, model, params, norms, columns)
 
     def _active_rows(self) -> dict[int, Tensor]:
         """Positions that are active in rows, with these."""
@@ -305,7 +306,7 @@ class BlockLLM(torch.optim.Optimizer):
         if self.census_on:
             if position in self._by_rows and self._row_gradients is not None:  # used outside of its modules as well
                 self._row_gradients.leave(position)
-            self.census.add(position, grad, *_with_moments(self.state.get(param, {})), hyper=hyper)
+            self.census.add(position, grad, *self._with_moments(position), hyper=hyper)
             if self.parts is None:
                 self._hold()
                 return
@@ -329,7 +330,7 @@ class BlockLLM(torch.optim.Optimizer):
         """Hook of a slot: keep or use the gradient of a parameter's active rows."""
         part, param = self.parts[position], self.param(position)  # type: ignore[index]
         if self.census_on and param.grad is None:  # the first of the window
-            _, cohorts = _with_moments(self.state.get(param, {}))
+            _, cohorts = self._with_moments(position)
             self.census.correct_rows(position, grad, part, cohorts, self._hyper(position))  # type: ignore[arg-type]
         if param.grad is not None:
             grad = grad.add_(restrict(param.grad, part).active)  # type: ignore[arg-type, attr-defined]
@@ -370,7 +371,7 @@ class BlockLLM(torch.optim.Optimizer):
     def survey(self, position: int, gradient: Callable[[Rows], Tensor], more: bool) -> None:
         """Score the rows of a parameter, a few at a time; in the first window keep those that are chosen so far."""
         param, hyper = self.param(position), self._hyper(position)
-        count, step = len(param), max(1, SURVEYED // param.shape[1])
+        count, step = self.blocks.slices(position), max(1, SURVEYED // self.blocks.units[position])
         places = (slice(a, min(a + step, count)) for a in range(0, count, step))
         sums = torch.cat([self.census.of_rows(gradient(place), hyper) for place in places])
         self.census.enter(position, sums, more=more)
@@ -402,6 +403,16 @@ class BlockLLM(torch.optim.Optimizer):
         if part is not None and part.index is None:
             part = self._adopt(position, pick_largest(grad, part.count))
         return part
+
+    def _with_moments(self, position: int) -> tuple[Part | None, list[dict[str, Any]]]:
+        """The part that a parameter's moments are of, and its cohorts."""
+        state = self.state.get(self.param(position), {})
+        cohorts = state.get("cohorts", [])
+        if not cohorts:
+            return None, []
+        unit, index = state["unit"], state["index"]
+        columns = self.blocks.columns[position] and unit == self.blocks.units[position]
+        return Part(unit, len(index), index, columns), cohorts
 
     def _once(self, position: int) -> None:
         if position in self._updated:
@@ -436,9 +447,8 @@ class BlockLLM(torch.optim.Optimizer):
 
     def _chosen_so_far(self, position: int, sums: Tensor) -> Part | None:
         """First window: what of a parameter would be chosen now; the worst row where gradients are not finite."""
-        unit, kind = self.blocks.units[position], index_dtype(self.blocks.sizes[position])
         if self.census.not_finite():
-            return Part(unit, 1, sums.argmax().view(1).to(kind))
+            return self.blocks.part(position, sums.argmax().view(1))
         part = self._narrow_all()[position]
         return part if part is None else part.at(part.where.to(sums.device))
 
@@ -636,10 +646,10 @@ class BlockLLM(torch.optim.Optimizer):
         parts: list[Part | None] = [None] * len(self.blocks.sizes)
         for name in blocks:
             for position in matching(self.blocks.names, [name], "activate"):
-                size, unit = self.blocks.sizes[position], self.blocks.units[position]
-                unit = 1 if self.blocks.granularity == "entries" else unit
-                count = blocks[name] if isinstance(blocks, Mapping) else size // unit
-                parts[position] = Part(unit, count, torch.arange(count, dtype=index_dtype(size)))
+                size, fine = self.blocks.sizes[position], self.blocks.granularity == "entries"
+                slices = size if fine else self.blocks.slices(position)
+                index = torch.arange(blocks[name] if isinstance(blocks, Mapping) else slices, dtype=index_dtype(size))
+                parts[position] = Part(1, len(index), index) if fine else self.blocks.part(position, index)
         active = sum(part.entries for part in parts if part is not None)
         if active > self.budget:
             raise ValueError(f"activate: budget allows {self.budget} active entries; found {active}")
@@ -731,9 +741,3 @@ class BlockLLM(torch.optim.Optimizer):
             setting = "in_backward=True" if self.settings.in_backward else f"inactive={self.settings.inactive!r}"
             raise ValueError(f"{setting} uses gradients before GradScaler unscales them; drop it, or train in bfloat16")
         return False
-
-
-def _with_moments(state: dict[str, Any]) -> tuple[Part | None, list[dict[str, Any]]]:
-    """The part that a parameter's moments are of, and its cohorts."""
-    cohorts = state.get("cohorts", [])
-    return (Part(state["unit"], len(state["index"]), state["index"]) if cohorts else None), cohorts

@@ -2,8 +2,9 @@
 """Weight gradients of the active rows alone, where the modules allow it.
 
 A linear layer y = x W' has the weight gradient dW = dy' x, and its rows R alone are ``dy[:, R]' x``: what they cost
-in time and memory goes with the number of active rows, not with the size of W. Of a token table the gradient of row t
-is the sum of dy over the places of token t.
+in time and memory goes with the number of active rows, not with the size of W. Its columns C alone are ``dy' x[:, C]``,
+for which those columns of the input suffice. Of a token table the gradient of row t is the sum of dy over the places of
+token t. What follows says rows, and means columns of a weight whose slices are columns.
 
 Modules that hold such a parameter keep computing the same output. Only its backward pass differs: it hands the rows'
 gradient to a leaf without memory of its own, the slot, whose hook tells the optimizer. The parameter still requires
@@ -27,6 +28,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import torch
@@ -112,15 +114,25 @@ class _Matrix:
     shape : sequence of int
     dtype : torch.dtype
         Of the product.
+    chosen : slice or Tensor
+        Its columns; the others are not made.
+
+    Attributes
+    ----------
+    columns : int
+        How many.
     """
 
-    def __init__(self, factors: Sequence[Any], shape: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, factors: Sequence[Any], shape: Sequence[int], dtype: torch.dtype, chosen: Rows = slice(None)
+    ) -> None:
         columns, wide = shape[-1], dtype.itemsize >= 4
         base = max((factor for factor in factors if _has_entries(factor)), key=torch.numel)
         self.scale: Any = None  # of the rows, shape (rows, 1)
         self.weight: Any = None  # of the columns, shape (columns,)
         self._full: list[Any] = []
-        self._rows, self._columns, self._dtype = math.prod(shape[:-1]), columns, dtype
+        self._rows, self._dtype = math.prod(shape[:-1]), dtype
+        self.columns = len(chosen) if isinstance(chosen, Tensor) else len(range(columns)[chosen])
         self._in_pieces = wide and base.is_cpu and not isinstance(base, FakeTensor)
         self._reuses = self._in_pieces and all(_is_plain(factor, dtype) for factor in factors)
         for factor in factors:
@@ -131,10 +143,10 @@ class _Matrix:
                 factor = factor.expand(*shape[:-1], 1).reshape(-1, 1).to(dtype)
                 self.scale = factor if self.scale is None else self.scale * factor
             elif movable and factor.numel() == columns:
-                factor = factor.reshape(-1).to(dtype)
+                factor = factor.reshape(-1)[chosen].to(dtype)
                 self.weight = factor if self.weight is None else self.weight * factor
             else:
-                self._full.append(factor.expand(shape).reshape(-1, columns))
+                self._full.append(_columns_of(factor.expand(shape).reshape(-1, columns), chosen))
 
     @property
     def made_again(self) -> bool:
@@ -146,7 +158,7 @@ class _Matrix:
         if not self._in_pieces and len(self._full) > 1:
             self._full = [functools.reduce(operator.mul, self._full)]
         self._in_pieces = False
-        step = max(1, TOGETHER // self._columns if len(self._full) > 1 else self._rows)
+        step = max(1, TOGETHER // self.columns if len(self._full) > 1 else self._rows)
         return [slice(start, start + step) for start in range(0, max(1, self._rows), step)]
 
     def product(self, rows: slice) -> Tensor:
@@ -165,7 +177,7 @@ class _Matrix:
         first, *more = self.pieces()
         out: Any
         if more:
-            out = left.new_zeros(left.shape[1], self._columns)
+            out = left.new_zeros(left.shape[1], self.columns)
             for rows in (first, *more):
                 out.addmm_(left[rows].t(), self.product(rows))
         else:
@@ -179,6 +191,11 @@ class _Matrix:
             product = left[rows] * self.product(rows)
             out = out + (product if self.scale is None else product.mul_(self.scale[rows])).sum(0)
         return out if self.weight is None else out.mul_(self.weight)
+
+
+def _columns_of(matrix: Tensor, chosen: Rows) -> Tensor:
+    """Some columns; a view if they are a slice."""
+    return matrix.index_select(1, chosen) if isinstance(chosen, Tensor) else matrix[:, chosen]
 
 
 def _reused(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -244,7 +261,9 @@ class _Linear(torch.autograd.Function):
         """What the layer computes."""
         ctx.shared = shared
         ctx.made_by = x.grad_fn if _may_look() and _is_product(x.grad_fn) else None
-        ctx.save_for_backward(None if ctx.made_by else x, weight, rows)
+        ctx.cut = shared.columns and rows is not None and not ctx.made_by and not weight.requires_grad
+        held = x.index_select(-1, rows) if ctx.cut else x  # type: ignore[arg-type]
+        ctx.save_for_backward(None if ctx.made_by else held, weight, rows)
         return functional.linear(x, weight, bias)
 
     @staticmethod
@@ -259,24 +278,14 @@ class _Linear(torch.autograd.Function):
         if not (wants_weight or wants_rows):
             return grad_x, None, grad_bias, None, None, None
         factors: Any = [x] if x is not None else _factors(ctx.made_by)
-        matrix = _Matrix(factors, (*grad.shape[:-1], weight.shape[1]), grad.dtype)
-
-        def gradient(rows: Rows) -> Tensor:
-            """Of some rows of the weight."""
-            if isinstance(rows, slice):
-                return matrix.times(flat[:, rows])
-            most = TOGETHER if flat.is_cpu else ELSEWHERE
-            if len(rows) * len(flat) <= most or matrix.made_again:
-                return matrix.times(flat.index_select(1, rows))
-            pieces = rows.split(max(1, most // len(flat)))  # a copy of the gradients of some outputs at a time
-            out, start = flat.new_empty(len(rows), weight.shape[1]), 0
-            for piece in pieces:
-                out[start : start + len(piece)] = matrix.times(flat.index_select(1, piece))
-                start += len(piece)
-            return out
-
+        shape = *grad.shape[:-1], weight.shape[1]
+        if ctx.shared.columns:
+            gradient = _of_columns(factors, shape, flat, rows if ctx.cut else None)
+        else:
+            gradient = _of_outputs(_Matrix(factors, shape, grad.dtype), flat)
         if wants_weight and not ctx.shared.linear(gradient):
-            return grad_x, gradient(slice(None)), grad_bias, None, None, None
+            whole = gradient(slice(None))
+            return grad_x, whole.t() if ctx.shared.columns else whole, grad_bias, None, None, None
         if not wants_rows or ctx.shared.used(gradient):
             return grad_x, None, grad_bias, None, None, None
         return grad_x, None, grad_bias, gradient(rows), None, None
@@ -330,6 +339,44 @@ class _Scale(torch.autograd.Function):
         return grad, _Matrix(factors, grad.shape, grad.dtype).sums(grad.reshape(-1, grad.shape[-1])), None
 
 
+def _of_outputs(matrix: _Matrix, flat: Tensor) -> Callable[[Rows], Tensor]:
+    """What makes the gradient of some rows of a layer's weight, from its input and the gradient of its output."""
+
+    def gradient(rows: Rows) -> Tensor:
+        """Shape (rows, columns of the weight)."""
+        if isinstance(rows, slice):
+            return matrix.times(flat[:, rows])
+        most = TOGETHER if flat.is_cpu else ELSEWHERE
+        if len(rows) * len(flat) <= most or matrix.made_again:
+            return matrix.times(flat.index_select(1, rows))
+        pieces = rows.split(max(1, most // len(flat)))  # a copy of the gradients of some outputs at a time
+        out, start = flat.new_empty(len(rows), matrix.columns), 0
+        for piece in pieces:
+            out[start : start + len(piece)] = matrix.times(flat.index_select(1, piece))
+            start += len(piece)
+        return out
+
+    return gradient
+
+
+def _of_columns(
+    factors: Sequence[Any], shape: Sequence[int], flat: Tensor, held: Tensor | None
+) -> Callable[[Rows], Tensor]:
+    """What makes the gradient of some columns of a layer's weight; ``held``: there are no others in its input."""
+
+    def gradient(columns: Rows) -> Tensor:
+        """Shape (columns, rows of the weight)."""
+        if held is None:
+            return _Matrix(factors, shape, flat.dtype, columns).times(flat).t()
+        inputs = factors[0].reshape(-1, len(held))
+        if columns is held:
+            return inputs.t() @ flat
+        ordered, order = held.sort()
+        return inputs[:, order[torch.searchsorted(ordered, columns)]].t() @ flat  # type: ignore[arg-type]
+
+    return gradient
+
+
 def _of_tokens(tokens: Tensor, flat: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of a table that tokens use, and their gradient."""
     rows, place = tokens.unique(return_inverse=True)
@@ -357,10 +404,15 @@ class _Shared:
     slot, rows : Tensor or None
         Where gradients of the active rows go, and which these are.
     census : bool
+    columns : bool
+        Whether its slices are columns.
     """
 
-    def __init__(self, watcher: weakref.ref[RowWatcher], position: int, weight: Tensor, modules: int) -> None:
+    def __init__(
+        self, watcher: weakref.ref[RowWatcher], position: int, weight: Tensor, modules: int, columns: bool
+    ) -> None:
         self._watcher, self._position, self.weight, self._modules = watcher, position, weight, modules
+        self.columns = columns
         self.use(None, None, False)
 
     def use(self, slot: Tensor | None, rows: Tensor | None, census: bool) -> None:
@@ -522,12 +574,27 @@ class RowGradients:
         By position.
     norms : bool
         Whether norms, too, make a factor again instead of holding it; their weight must not change in the backward.
+    columns : set of int
+        Positions of which columns are active, not rows; a token table among them has whole gradients.
     """
 
-    def __init__(self, watcher: RowWatcher, model: nn.Module, params: Sequence[Tensor], norms: bool = True) -> None:
+    def __init__(
+        self,
+        watcher: RowWatcher,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        norms: bool = True,
+        columns: AbstractSet[int] = frozenset(),
+    ) -> None:
         self._watcher = weakref.ref(watcher)
-        covered = cover(model, params)
-        self._shared = {k: _Shared(self._watcher, k, params[k], len(modules)) for k, modules in covered.items()}
+        covered = {
+            k: modules
+            for k, modules in cover(model, params).items()
+            if k not in columns or not any(isinstance(module, nn.Embedding) for module in modules)
+        }
+        self._shared = {
+            k: _Shared(self._watcher, k, params[k], len(modules), k in columns) for k, modules in covered.items()
+        }
         self._forwards = {k: [RowForward(m, self._shared[k]) for m in modules] for k, modules in covered.items()}
         self._scales = [ScaleForward(module) for module in scales(model, params)] if norms else []
 
@@ -543,7 +610,8 @@ class RowGradients:
         """A leaf with the shape of the active rows, of one entry in memory."""
         if rows is None:
             return None
-        slot = weight.detach().new_zeros(()).expand(len(rows), weight.shape[1]).requires_grad_()
+        unit = weight.shape[0 if self._shared[position].columns else 1]
+        slot = weight.detach().new_zeros(()).expand(len(rows), unit).requires_grad_()
         slot.register_post_accumulate_grad_hook(functools.partial(_tell, self._watcher, position))
         return slot
 

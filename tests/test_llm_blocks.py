@@ -119,7 +119,9 @@ def test_budgets_that_allow_nothing(budget):
 
 
 def test_unknown_granularity():
-    with pytest.raises(ValueError, match="granularity must be one of tensor, layer, rows, entries; found 'column'"):
+    with pytest.raises(
+        ValueError, match="granularity must be one of tensor, layer, rows, neurons, entries; found 'column'"
+    ):
         Blocks.of(["a"], [torch.Size([1])], "column")
 
 

@@ -45,7 +45,7 @@ def summed(blocks, grads, term):
     return total
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "layer", "rows", "entries"])
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "rows", "neurons", "entries"])
 def test_scores_are_the_norms_of_the_whole_gradient(granularity, chunk):
     model = net()
     batch = batches(1)[0]

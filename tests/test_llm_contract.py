@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import llm  # noqa: E402
 from llm import BlockLLM  # noqa: E402
 
-EVERY = ["tensor", "layer", "rows", "entries"]
+EVERY = ["tensor", "layer", "rows", "neurons", "entries"]
 ROOT = Path(llm.__file__).parents[1]
-ACTIVE = {"tensor": 1, "layer": 1, "rows": 5, "entries": 40}  # slices of a tensor
+ACTIVE = {"tensor": 1, "layer": 1, "rows": 5, "neurons": 5, "entries": 40}  # slices of a tensor
 
 
 def by_hand(granularity, **options):

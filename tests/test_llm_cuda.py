@@ -43,7 +43,7 @@ def test_it_chooses_and_trains_as_on_a_cpu(way, score):
         torch.testing.assert_close(far, here, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "layer", "rows", "entries"])
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "rows", "neurons", "entries"])
 @pytest.mark.parametrize("states", ["bf16", "8bit"])
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_low_precision_states_train_as_well_as_on_a_cpu(granularity, states, in_backward):

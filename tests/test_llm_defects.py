@@ -78,7 +78,7 @@ def test_embeddings_and_heads_train_whatever_they_are_called():
     assert {"tokens.weight", "head.weight"} <= seen
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "layer", "rows", "entries"])
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "rows", "neurons", "entries"])
 def test_a_first_tensor_larger_than_the_budget_is_no_obstacle(granularity):
     model = net()
     next(model.parameters()).register_hook(lambda grad: 1e6 * grad)

@@ -32,7 +32,7 @@ from llm.delta import (  # noqa: E402
 from llm.delta_file import Change, encode  # noqa: E402
 from llm.tensor_files import CODES, DTYPES, WORDS, Writer, read_header  # noqa: E402
 
-EVERY = ["tensor", "layer", "rows", "entries"]
+EVERY = ["tensor", "layer", "rows", "neurons", "entries"]
 BY_WIDTH = {1: "U8", 2: "BF16", 4: "F32", 8: "F64"}
 
 

@@ -9,7 +9,7 @@ from small_models import Bytes, TinyLM, batches, net, tokens, train  # noqa: E40
 
 from llm import BlockLLM, census, moments  # noqa: E402
 
-EVERY = ["tensor", "layer", "rows", "entries"]
+EVERY = ["tensor", "layer", "rows", "neurons", "entries"]
 BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
 
 

@@ -63,7 +63,7 @@ def inputs(name, model, k):
 MODELS = {**{name: None for name in DECODERS}, "GPT-2": gpt2, "BERT": bert, "ViT": vit}
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "layer", "rows", "entries"])
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "rows", "neurons", "entries"])
 @pytest.mark.parametrize("name", MODELS)
 def test_training_with_switches(name, granularity):
     """Losses fall on one batch; nothing but what is active ever moves; gradients are freed."""

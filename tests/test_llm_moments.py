@@ -103,7 +103,7 @@ def test_rows_of_float32_are_updated_where_they_are(monkeypatch, states, compile
     monkeypatch.setattr(moments, "_step", lambda group, *rest: (spans.extend(group), step(group, *rest)))
     made = updates(torch.float32, "stochastic")
     update_(made, states=states, generator=torch.Generator().manual_seed(0))
-    assert (not any(torch.is_tensor(span.where) and span.unit >= LEAST for span in spans)) == compiled
+    assert (not any(torch.is_tensor(span.where) and span.part.unit >= LEAST for span in spans)) == compiled
     assert all(cohort["step"] >= 1 for update in made for cohort in update.cohorts)
 
 

@@ -13,7 +13,7 @@ from torch import nn  # noqa: E402
 from llm import BlockLLM, CompactGrad  # noqa: E402
 from llm.adam import spectral_direction  # noqa: E402
 
-EVERY = ["tensor", "layer", "rows", "entries"]
+EVERY = ["tensor", "layer", "rows", "neurons", "entries"]
 
 
 def groups_without_decay(model):

@@ -12,7 +12,7 @@ from llm import BlockLLM, census, gradients, moments, optimizer  # noqa: E402
 from llm.ledger import Ledger, watch  # noqa: E402
 from llm.plan import PLACES, fake_model, plan, prescribe, simulate  # noqa: E402
 
-EVERY = ["tensor", "layer", "rows", "entries"]
+EVERY = ["tensor", "layer", "rows", "neurons", "entries"]
 BATCH = tokens(1, rows=2, length=6, vocabulary=50)[0]
 HOST = 12_000  # bytes that choosing takes, which are on the CPU: counted in real runs here, not in simulated ones
 

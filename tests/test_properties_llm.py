@@ -16,7 +16,7 @@ from llm.moments import regroup, shelve  # noqa: E402
 from llm.settings import Settings  # noqa: E402
 
 SHAPES = st.lists(st.sampled_from([(3, 4), (2, 7), (5,), (6, 2), (1, 3), (2,), (4, 4)]), min_size=1, max_size=7)
-GRANULARITIES = ["tensor", "layer", "rows", "entries"]
+GRANULARITIES = ["tensor", "layer", "rows", "neurons", "entries"]
 
 
 def settings(**options):
