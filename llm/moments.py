@@ -52,7 +52,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def round_to(value: Tensor, dtype: torch.dtype, stochastic: bool, generator: torch.Generator) -> Tensor:
     """``value`` as ``dtype``: to the nearest, or stochastically where that is asked for and dtype is bfloat16."""
-    return stochastic_round(value, generator) if stochastic and dtype == torch.bfloat16 else value.to(dtype)
+    return stochastic_round(value.float(), generator) if stochastic and dtype == torch.bfloat16 else value.to(dtype)
 
 
 def _spans(part: Part, size: int, lo: int, hi: int) -> Iterator[tuple[int, int, slice | Tensor]]:
@@ -90,7 +90,7 @@ def _read(cohort: Cohort, name: str, a: int, b: int, dtype: torch.dtype) -> Tens
     """Entries a, ..., b - 1 of a moment in the working type; a view if they are stored so."""
     stored = cohort[name].view(-1)[a:b]
     if name + "_scale" in cohort:
-        return expand(stored, cohort[name + "_scale"][a // GROUP : -(-b // GROUP)])
+        return expand(stored, cohort[name + "_scale"][a // GROUP : -(-b // GROUP)]).to(dtype)
     return stored.to(dtype)
 
 
@@ -326,7 +326,7 @@ def _joined(spans: list[_Span], name: str, join: _Join, dtype: torch.dtype) -> T
     """A moment in the working type; what is stored if that is one vector of this type."""
     stored = join([span.of(name) for span in spans])
     if name + "_scale" in spans[0].cohort:
-        return expand(stored, torch.cat([span.scales_of(name) for span in spans]))
+        return expand(stored, torch.cat([span.scales_of(name) for span in spans])).to(dtype)
     return stored.to(dtype)
 
 
@@ -334,7 +334,7 @@ def _put_back(spans: list[_Span], name: str, value: Tensor, join: _Join, generat
     """Store what :func:`_joined` gave and the update changed."""
     stored = [span.of(name) for span in spans]
     if name + "_scale" in spans[0].cohort:
-        value, found = compand(value, name == "exp_avg", generator)
+        value, found = compand(value.float(), name == "exp_avg", generator)
         scales = [span.scales_of(name) for span in spans]
         torch._foreach_copy_(scales, list(found.split([len(scale) for scale in scales])))
     elif join.single and stored[0].dtype == value.dtype:
