@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
-from experiments.llm_methods import FEW, NAMED, NEURONS, ROWS, Method
+from experiments.llm_methods import CAUTIOUS, FEW, NAMED, NEURONS, ROWS, Method
 from experiments.llm_report import LOSS, draw, summary
 from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
@@ -37,8 +37,8 @@ METHODS = {
     "AdamW": Method("adamw", FULL_GRID),
     "LoRA r8": Method("lora", (1e-3, 2e-3, 4e-3), {"r": 8, "alpha": 16}),
     "BlockLLM rows": Method("blockllm", OURS_GRID, ROWS),
-    "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, NAMED),
-    "BlockLLM neurons": Method("blockllm", OURS_GRID, NEURONS),
+    "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, CAUTIOUS),
+    "BlockLLM neurons, frozen table": Method("blockllm", OURS_GRID, NAMED),
     "BlockLLM rows of few tensors": Method("blockllm", OURS_GRID, FEW),
     "BlockLLM rows 15%, 8-bit": Method("blockllm", (1e-4, 2e-4, 5e-4), ROWS | {"budget": 0.15, "states": "8bit"}),
     "BlockLLM tensors": Method("blockllm", OURS_GRID, ROWS | {"granularity": "tensor"}),
@@ -52,19 +52,17 @@ EXTRAS = {
     "BlockLLM rows 1%": Method("blockllm", OURS_GRID, ROWS | {"budget": 0.01}),
     "BlockLLM rows, 8-bit, in backward": Method("blockllm", OURS_GRID, ROWS | {"states": "8bit", "in_backward": True}),
     "BlockLLM rows, frozen table": Method("blockllm", OURS_GRID, ROWS | {"embeddings": "never"}),
-    "BlockLLM rows, cautious, frozen table": Method("blockllm", OURS_GRID, NAMED | {"embeddings": "never"}),
+    "BlockLLM rows, cautious, frozen table": Method("blockllm", OURS_GRID, CAUTIOUS | {"embeddings": "never"}),
     "BlockLLM rows of few tensors, reach 1, every 24": Method(
         "blockllm", OURS_GRID, FEW | {"reach": 1.0, "switch_every": 24, "ramp": 5}
     ),
     "BlockLLM rows, cautious, frozen table, 15%, 8-bit": Method(
         "blockllm",
         (2e-4, 3e-4, 5e-4),
-        NAMED | {"embeddings": "never", "budget": 0.15, "states": "8bit"},
+        CAUTIOUS | {"embeddings": "never", "budget": 0.15, "states": "8bit"},
     ),
-    "BlockLLM neurons, frozen table": Method("blockllm", OURS_GRID, NEURONS | {"embeddings": "never"}),
-    "BlockLLM neurons, frozen table, every 24": Method(
-        "blockllm", OURS_GRID, NEURONS | {"embeddings": "never", "switch_every": 24}
-    ),
+    "BlockLLM neurons": Method("blockllm", OURS_GRID, NEURONS),
+    "BlockLLM neurons, frozen table, every 24": Method("blockllm", OURS_GRID, NAMED | {"switch_every": 24}),
     "Rows by norms": Method("blockllm", OURS_GRID, BY_NORMS),
     "Rows by root mean squares": Method("blockllm", OURS_GRID, BY_NORMS | {"per_parameter": True}),
     "Rows by norms, every 25, moments kept": Method(
@@ -98,9 +96,9 @@ EXTRAS = {
 }
 ALL = METHODS | EXTRAS
 SHOWN = (  # the named configuration first
+    "BlockLLM neurons, frozen table",
     "BlockLLM rows, cautious",
     "BlockLLM rows of few tensors",
-    "BlockLLM rows 15%, 8-bit",
 )
 
 Results = dict[str, Any]

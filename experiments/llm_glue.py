@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
-from experiments.llm_methods import FEW, NAMED, NEURONS, ROWS, Method
+from experiments.llm_methods import CAUTIOUS, FEW, NAMED, NEURONS, ROWS, Method
 from experiments.llm_report import ACCURACY, MATTHEWS, draw, summary
 from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
@@ -37,8 +37,8 @@ METHODS = {
     "AdamW": Method("adamw", FULL_GRID),
     "LoRA r8": Method("lora", (3e-4, 1e-3, 3e-3), {"r": 8, "alpha": 16}),
     "BlockLLM rows": Method("blockllm", OURS_GRID, ROWS),
-    "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, NAMED),
-    "BlockLLM neurons": Method("blockllm", OURS_GRID, NEURONS),
+    "BlockLLM rows, cautious": Method("blockllm", OURS_GRID, CAUTIOUS),
+    "BlockLLM neurons, frozen table": Method("blockllm", OURS_GRID, NAMED),
     "BlockLLM rows of few tensors": Method("blockllm", OURS_GRID, FEW),
     "BlockLLM tensors": Method("blockllm", OURS_GRID, ROWS | {"granularity": "tensor"}),
     "BlockLLM entries": Method("blockllm", OURS_GRID, ROWS | {"granularity": "entries"}),
@@ -46,7 +46,7 @@ METHODS = {
     "GaLore r8": Method("galore", FULL_GRID, {"rank": 8, "scale": 4.0, "update_proj_gap": 200}),
 }
 EXTRAS = {
-    "BlockLLM neurons, frozen table": Method("blockllm", OURS_GRID, NEURONS | {"embeddings": "never"}),
+    "BlockLLM neurons": Method("blockllm", OURS_GRID, NEURONS),
     "APOLLO r8": Method("apollo", FULL_GRID, {"rank": 8, "scale": 1.0, "update_proj_gap": 200}),
     "HFT": Method("blockllm", FULL_GRID, {"rule": "half", "granularity": "tensor", "budget": 0.5, "switch_every": 50}),
     "MISA": Method(

@@ -26,7 +26,7 @@ import torch
 from experiments import llm_tasks
 from experiments.llm_batches import Batch, Task
 from experiments.llm_common import where
-from experiments.llm_finetune import METHODS
+from experiments.llm_finetune import ALL
 from experiments.llm_methods import Method, layers
 from experiments.llm_training import moved, update
 from experiments.tables import markdown
@@ -70,8 +70,8 @@ def run(quick: bool) -> Results:
     names, cases = (NAMES[:2], CASES[:1]) if quick else (NAMES, CASES)
     found = []
     with contextlib.suppress(KeyboardInterrupt):  # what there is by then is kept
-        for dtype, copies, name in ((*case, name) for case in cases for name in names if METHODS[name].installed):
-            found.append({"dtype": dtype, "copies": copies, "method": name} | timed(task, METHODS[name], dtype, copies))
+        for dtype, copies, name in ((*case, name) for case in cases for name in names if ALL[name].installed):
+            found.append({"dtype": dtype, "copies": copies, "method": name} | timed(task, ALL[name], dtype, copies))
             print(f"llm_gpu: {dtype} x {copies}, {name}: {1e3 * found[-1]['step']:.1f} ms", flush=True)
     return {"steps": found, "device": where("cuda") | {"torch": torch.__version__}, "threads": threads()}
 

@@ -23,7 +23,7 @@ from llm import BlockLLM
 Built = tuple[nn.Module, torch.optim.Optimizer]
 LAYER = re.compile(r"^(.*\.layers?\.\d+\.)")
 SHORT = 3  # steps between switches while memory is measured
-TIMED = 4  # steps between switches while time is measured
+TIMED = 12  # steps between switches while time is measured; most are as in a run that has none
 COST_STEPS = 15  # that are timed, after one that warms up
 ROWS = {
     "granularity": "rows",
@@ -32,9 +32,10 @@ ROWS = {
     "per_parameter": True,
     "states": "bf16",
 }  # "BlockLLM rows"
-NAMED = ROWS | {"cautious": True}  # "BlockLLM rows, cautious": the named configuration
-NEURONS = NAMED | {"granularity": "neurons"}  # "BlockLLM neurons"
-FEW = NAMED | {"embeddings": "never", "reach": 2.0}  # "BlockLLM rows of few tensors"
+CAUTIOUS = ROWS | {"cautious": True}  # "BlockLLM rows, cautious"
+NEURONS = CAUTIOUS | {"granularity": "neurons"}  # "BlockLLM neurons"
+NAMED = NEURONS | {"embeddings": "never"}  # "BlockLLM neurons, frozen table": the named configuration
+FEW = CAUTIOUS | {"embeddings": "never", "reach": 2.0}  # "BlockLLM rows of few tensors"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Method:
         return BUILDERS[self.kind](model, lr, seed, list(head), **self.options)
 
     def with_timed_periods(self) -> Method:
-        """The same with BAdam switching at every step, or BlockLLM every few steps, if it switches by steps."""
+        """The same with BAdam switching at every step, or BlockLLM after a dozen steps, if it switches by steps."""
         if self.kind == "badam":
             return replace(self, options=self.options | {"switch_every": 1})
         if self.kind == "blockllm" and self.options.get("rule") != "full":

@@ -4,7 +4,7 @@
 ============  =====================================================================================  =========
 name          what is trained                                                                        known as
 ============  =====================================================================================  =========
-``blockllm``  the rows with the largest gradients, within the budget, chosen anew from time to time  BlockLLM
+``blockllm``  the rows and columns with the largest gradients within the budget, by turns            BlockLLM
 ``adamw``     everything                                                                             AdamW
 ``lora``      low-rank matrices beside all linear layers (needs the package peft)                    LoRA
 ``badam``     one layer after the other; what lies in no layer stays as it is                        BAdam
@@ -14,8 +14,8 @@ name          what is trained                                                   
 ============  =====================================================================================  =========
 
 All but ``adamw`` and ``lora`` are :class:`llm.BlockLLM` with the rule of that method; they are the ideas of those
-papers, not the code of their authors. ``blockllm`` has bfloat16 moments and cautious updates besides, unless told
-otherwise.
+papers, not the code of their authors. ``blockllm`` has bfloat16 moments, cautious updates and a token table that stays
+as it is, unless told otherwise.
 """
 
 from __future__ import annotations
@@ -33,8 +33,15 @@ from llm.optimizer import BlockLLM
 
 __all__ = ["METHODS", "NAMED", "Method", "default_lr", "make", "plain"]
 
-# What the comparisons call "BlockLLM rows, cautious", apart from defaults of the optimizer.
-NAMED: dict[str, Any] = {"score": "l1", "per_parameter": True, "states": "bf16", "cautious": True}
+# What the comparisons call "BlockLLM neurons, frozen table", apart from defaults of the optimizer.
+NAMED: dict[str, Any] = {
+    "granularity": "neurons",
+    "embeddings": "never",
+    "score": "l1",
+    "per_parameter": True,
+    "states": "bf16",
+    "cautious": True,
+}
 
 
 class Asked(NamedTuple):

@@ -765,7 +765,7 @@ def test_the_table_of_the_gpu_has_both_times_of_adamw():
 
 
 def test_the_named_configuration_is_what_finetune_uses():
-    expected = NAMED | {"granularity": "rows", "budget": 0.05}
+    expected = NAMED | {"budget": 0.05}
     for suite in (llm_finetune, llm_glue):
         assert suite.METHODS[llm_finetune.SHOWN[0]].options == expected
 

@@ -578,7 +578,7 @@ def test_methods_are_what_they_are_named_for():
 
 
 def test_blockllm_is_the_configuration_that_is_measured_unless_told_otherwise():
-    measured = pytest.importorskip("experiments.llm_finetune").METHODS["BlockLLM rows, cautious"].options
+    measured = pytest.importorskip("experiments.llm_finetune").METHODS["BlockLLM neurons, frozen table"].options
     settings = methods.make("blockllm", tiny_lm.model(), lr=0.1)[1].settings
     assert {name: getattr(settings, name) for name in measured} == measured
     settings = methods.make("blockllm", tiny_lm.model(), lr=0.1, cautious=False, states="fp32")[1].settings
