@@ -650,7 +650,7 @@ def synthetic(which, path, methods, missing=lambda unit: False):
             if unit.kind == MEMORY:
                 result = {"peak": 1e9 + 1e7 * rank, "natural": 1e9, "state": 1e6 + rank, "weights": 1}
             if unit.kind == COST:
-                result = {"step": 1.0 + rank, "switch": 0.5, "tokens": 100, "adamw": 1.0}
+                result = {"step": 1.0 + rank / 3, "switch": 0.5, "tokens": 100, "adamw": 1.0}
             made = {"seconds": 1.0, "cpu": "c", "threads": "2", "versions": {}, "date": "2026-01-01", "commit": "a"}
             line = {"unit": unit._asdict(), "settings": which.settings(unit), "made": made, "result": result}
             runs.append(line)
