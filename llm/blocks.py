@@ -37,7 +37,10 @@ from llm.compact import Part, index_dtype
 __all__ = ["GRANULARITIES", "WRITERS", "Blocks", "embeddings", "entries_of_budget", "matching", "named_groups"]
 
 GRANULARITIES = ("tensor", "layer", "rows", "neurons", "entries")
-WRITERS = ("o_proj", "out_proj", "down_proj", "output.dense", "dense_4h_to_h", "out_lin", "lin2", "fc2", "wo", "w2")
+WRITERS = (  # names of linear layers that write into the residual stream
+    *("o_proj", "out_proj", "output.dense", "attention.dense", "self_attention.dense", "self_attn.dense", "out_lin"),
+    *("down_proj", "dense_4h_to_h", "lin2", "fc2", "fc_out", "wo", "Wo"),
+)
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -293,9 +296,10 @@ def _layer(name: str) -> str:
 
 
 def _writes(name: str, shape: torch.Size) -> bool:
-    """Whether it is the matrix of a linear layer that is called like one of :data:`WRITERS`."""
-    module = "." + name.removesuffix(".weight")
-    return len(shape) == 2 and name.endswith(".weight") and module.endswith(tuple(f".{writer}" for writer in WRITERS))
+    """Whether it is a matrix in a numbered layer that is called like one of :data:`WRITERS`."""
+    module, inside = "." + name.removesuffix(".weight"), _layer(name) != name
+    called = name.endswith(".weight") and module.endswith(tuple(f".{writer}" for writer in WRITERS))
+    return len(shape) == 2 and inside and called
 
 
 def _unit(name: str, shape: torch.Size, granularity: str) -> int:

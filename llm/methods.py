@@ -14,8 +14,8 @@ name          what is trained                                                   
 ============  =====================================================================================  =========
 
 All but ``adamw`` and ``lora`` are :class:`llm.BlockLLM` with the rule of that method; they are the ideas of those
-papers, not the code of their authors. ``blockllm`` has bfloat16 moments, cautious updates and a token table that stays
-as it is, unless told otherwise.
+papers, not the code of their authors. ``blockllm`` has bfloat16 moments and cautious updates, and leaves tables of
+tokens and positions and the output layer as they are, unless told otherwise.
 """
 
 from __future__ import annotations

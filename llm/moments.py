@@ -448,7 +448,8 @@ def _places(record: Cohort, part: Part) -> tuple[Tensor, Tensor, Tensor]:
     """For every slice of the part: the slot of a record that holds it, the offset in that slot, and if there is one."""
     wanted, index = part.where, record["index"].to(part.where.device)
     ratio = record["unit"] // part.unit
-    if record["unit"] % part.unit:  # coarser than the record: its entries may have different step counts
+    cut = part.columns and record["unit"] != part.unit  # a whole tensor's moments, which lie row after row
+    if cut or record["unit"] % part.unit:  # coarser than the record: its entries may have different step counts
         none = torch.zeros_like(wanted, dtype=torch.int64)
         return none, none, none.bool()
     parent = wanted // ratio

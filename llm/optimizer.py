@@ -343,6 +343,8 @@ class BlockLLM(torch.optim.Optimizer):
 
     def by_rows(self, position: int) -> bool:
         """In a census: whether a gradient shall come by rows. The first window holds whole ones while there is room."""
+        if position in self._chooser.always:
+            return False
         grad, size = self.param(position).grad, self.blocks.sizes[position]
         if self.parts is not None or position in self._by_rows or isinstance(grad, CompactGrad):
             return True

@@ -366,7 +366,7 @@ class _MadeUp(Census):
     def __init__(self, blocks: Blocks, place: str, seen: set[int], turn: int, again: bool) -> None:
         super().__init__(blocks, "grad")
         self._random, self._spread = torch.Generator().manual_seed(turn), place == "spread"
-        self._left_out = LEFT_OUT if again and blocks.granularity == "rows" else 0.0
+        self._left_out = LEFT_OUT if again and blocks.fine else 0.0
         height = torch.linspace(-60, 60, len(blocks.sizes))  # so far apart that visits hardly matter
         norms = {"top": 2**height, "bottom": 2**-height, "tables": torch.tensor(blocks.sizes).float() ** 4}
         norm = torch.rand(len(blocks.sizes), generator=self._random) if self._spread else norms[place]

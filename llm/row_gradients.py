@@ -146,7 +146,7 @@ class _Matrix:
                 factor = factor.reshape(-1)[chosen].to(dtype)
                 self.weight = factor if self.weight is None else self.weight * factor
             else:
-                self._full.append(_columns_of(factor.expand(shape).reshape(-1, columns), chosen))
+                self._full.append(_columns_of(factor.expand(shape), chosen).reshape(-1, self.columns))
 
     @property
     def made_again(self) -> bool:
@@ -184,6 +184,15 @@ class _Matrix:
             out = left.t() @ self.product(first)
         return out if self.weight is None else out.mul_(self.weight)
 
+    def turned(self, right: Tensor) -> Tensor:
+        """``self' @ right``, shape (columns, columns of right)."""
+        right = right if self.scale is None else right * self.scale
+        first, *more = self.pieces()
+        out: Any = self.product(first).t() @ right[first]
+        for rows in more:
+            out.addmm_(self.product(rows).t(), right[rows])
+        return out if self.weight is None else out.mul_(self.weight[:, None])
+
     def sums(self, left: Tensor) -> Tensor:
         """The sums of the columns of ``left * self``."""
         out: Any = 0
@@ -193,9 +202,9 @@ class _Matrix:
         return out if self.weight is None else out.mul_(self.weight)
 
 
-def _columns_of(matrix: Tensor, chosen: Rows) -> Tensor:
-    """Some columns; a view if they are a slice."""
-    return matrix.index_select(1, chosen) if isinstance(chosen, Tensor) else matrix[:, chosen]
+def _columns_of(tensor: Tensor, chosen: Rows) -> Tensor:
+    """Some places of the last axis; a view if they are a slice."""
+    return tensor.index_select(-1, chosen) if isinstance(chosen, Tensor) else tensor[..., chosen]
 
 
 def _reused(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -367,7 +376,7 @@ def _of_columns(
     def gradient(columns: Rows) -> Tensor:
         """Shape (columns, rows of the weight)."""
         if held is None:
-            return _Matrix(factors, shape, flat.dtype, columns).times(flat).t()
+            return _Matrix(factors, shape, flat.dtype, columns).turned(flat)
         inputs = factors[0].reshape(-1, len(held))
         if columns is held:
             return inputs.t() @ flat

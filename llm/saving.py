@@ -53,6 +53,13 @@ def unpack(optimizer: BlockLLM, saved: Mapping[str, Any]) -> None:
         if part is not None and part.index is not None:
             param = optimizer.param(position)
             index = optimizer.state.get(param, {}).get("index", part.index)  # one copy serves both
+            blocks = optimizer.blocks
+            if part.unit == blocks.units[position] and part.columns != blocks.columns[position]:
+                kinds = ("rows", "columns")
+                raise ValueError(
+                    f"state_dict has {kinds[part.columns]} of {blocks.names[position]}, which this version cuts into "
+                    f"{kinds[blocks.columns[position]]}; begin with a new state"
+                )
             slices = optimizer.blocks.sizes[position] // part.unit
             if index.numel() != part.count or index.min() < 0 or index.max() >= slices:
                 raise ValueError(

@@ -33,14 +33,24 @@ class Net(nn.Module):
     def __init__(self, checkpointed: bool = False, bias: bool = False) -> None:
         super().__init__()
         self.table = nn.Embedding(30, WIDTH)
-        self.v_proj, self.o_proj = nn.Linear(WIDTH, WIDTH, bias=bias), nn.Linear(WIDTH, WIDTH, bias=bias)
-        self.gate_proj, self.up_proj = (nn.Linear(WIDTH, INSIDE, bias=bias) for _ in range(2))
-        self.down_proj, self.head = nn.Linear(INSIDE, WIDTH, bias=bias), nn.Linear(WIDTH, 30, bias=False)
-        self.checkpointed = checkpointed
+        shapes = {name: (WIDTH, WIDTH) for name in ("v_proj", "o_proj")} | {"down_proj": (INSIDE, WIDTH)}
+        shapes |= {name: (WIDTH, INSIDE) for name in ("gate_proj", "up_proj")}
+        layer = nn.ModuleDict({name: nn.Linear(*shape, bias=bias) for name, shape in shapes.items()})
+        self.layers, self.checkpointed = nn.ModuleList([layer]), checkpointed
+        self.head = nn.Linear(WIDTH, 30, bias=False)
+
+    @property
+    def o_proj(self) -> nn.Linear:
+        return self.layers[0]["o_proj"]
+
+    @property
+    def down_proj(self) -> nn.Linear:
+        return self.layers[0]["down_proj"]
 
     def blocks(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.o_proj(self.v_proj(x) + 1)
-        return x + self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        layer = self.layers[0]
+        x = x + self.o_proj(layer["v_proj"](x) + 1)
+        return x + self.down_proj(functional.silu(layer["gate_proj"](x)) * layer["up_proj"](x))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.table(tokens)
@@ -71,15 +81,16 @@ def trained(optimizer: BlockLLM, model: nn.Module, *, steps=7, parts=1, cast=Non
 
 
 def test_which_slices_are_columns():
-    """By the name of the layer; vectors and tensors of experts never are."""
-    names = ["a.o_proj.weight", "a.o_proj.bias", "a.q_proj.weight", "b.attention.output.dense.weight", "b.down_proj"]
-    names += ["b.experts.down_proj.weight", "b.not_an_o_proj.weight", "o_proj.weight"]
+    """By the name of the module, in a numbered layer; vectors, tensors of experts and heads never are."""
+    inside = ["o_proj.weight", "o_proj.bias", "q_proj.weight", "attention.output.dense.weight", "down_proj"]
+    inside += ["experts.down_proj.weight", "not_an_o_proj.weight"]
+    names = [*(f"a.{k}.{name}" for k, name in enumerate(inside)), "classifier.out_proj.weight"]
     shapes = [(4, 6), (4,), (4, 6), (4, 6), (4, 6), (2, 4, 6), (4, 6), (4, 6)]
     blocks = Blocks.of(names, [torch.Size(shape) for shape in shapes], "neurons")
-    assert blocks.columns == (True, False, False, True, False, False, False, True)
-    assert blocks.units == (4, 4, 6, 4, 6, 6, 6, 4)
+    assert blocks.columns == (True, False, False, True, False, False, False, False)
+    assert blocks.units == (4, 4, 6, 4, 6, 6, 6, 6)
     assert [blocks.slices(k) for k in range(4)] == [6, 1, 4, 6]
-    assert blocks.name(3) == "a.o_proj.weight[:, 3]"
+    assert blocks.name(3) == "a.0.o_proj.weight[:, 3]"
     assert not any(Blocks.of(names, [torch.Size(shape) for shape in shapes], "rows").columns)
 
 
@@ -107,9 +118,9 @@ def test_scores_are_those_of_rows_of_the_transpose(score, monkeypatch):
     grad, index = torch.randn(7, 5), torch.tensor([3, 0])
     moments = {name: torch.rand(2, 7) for name in ("exp_avg", "exp_avg_sq")}
     cohorts = [{"count": 2, "step": 4, "ramp": 0, **moments}]
-    found = Census(Blocks.of(["o_proj.weight"], [grad.shape], "neurons"), score)
+    found = Census(Blocks.of(["layers.0.o_proj.weight"], [grad.shape], "neurons"), score)
     found.add(0, grad, Part(7, 2, index, columns=True), cohorts, hyper=HYPER)
-    turned = Census(Blocks.of(["o_proj.weight"], [grad.t().shape], "rows"), score)
+    turned = Census(Blocks.of(["layers.0.o_proj.weight"], [grad.t().shape], "rows"), score)
     turned.add(0, grad.t().contiguous(), Part(7, 2, index), cohorts, hyper=HYPER)
     torch.testing.assert_close(found.scores(), turned.scores())
 
@@ -170,7 +181,7 @@ def test_gradients_of_columns_alone_train_as_whole_ones_do(options, bias, checkp
     rounded = {"rtol": 1e-3, "atol": 1e-3} if "states" in options else {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(trained(mine, ours, parts=parts), trained(theirs, plain, parts=parts), **rounded)
     assert mine.active() == theirs.active()
-    assert {"o_proj.weight", "down_proj.weight"} & set(mine.active())
+    assert {"layers.0.o_proj.weight", "layers.0.down_proj.weight"} & set(mine.active())
     for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
         if "states" in options:  # where a gradient is 0 but for rounding, an entry may move or wait
             assert (p - q).abs().mean() < 1e-4
@@ -215,7 +226,7 @@ def chosen_by_hand(model: nn.Module, budget: int) -> dict[str, torch.Tensor]:
     masks = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     found = []
     for name, p in model.named_parameters():
-        axis = 0 if name in ("o_proj.weight", "down_proj.weight") else 1
+        axis = 0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
         means = p.grad.abs().mean(axis)
         found += [(float(mean), name, axis, k) for k, mean in enumerate(means)]
     for _, name, axis, k in sorted(found, reverse=True):
@@ -231,7 +242,7 @@ def test_other_columns_of_the_input_are_not_held():
     torch.manual_seed(0)
     model = Net()
     optimizer = optimizer_of(model)
-    optimizer.activate({"o_proj.weight": 2})
+    optimizer.activate({"layers.0.o_proj.weight": 2})
     seen: list[weakref.ref[torch.Tensor]] = []
     model.o_proj.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
     loss = loss_of(model, 0)
@@ -275,7 +286,7 @@ def test_what_is_inactive_moves_and_active_columns_do_not_move_twice(kind):
     before = copy.deepcopy(model).requires_grad_()
     loss_of(model, 1).backward()
     loss_of(before, 1).backward()
-    k = optimizer.blocks.names.index("down_proj.weight")
+    k = optimizer.blocks.names.index("layers.0.down_proj.weight")
     part = optimizer.parts[k]
     assert part is not None
     active = part.where.long()
@@ -283,3 +294,43 @@ def test_what_is_inactive_moves_and_active_columns_do_not_move_twice(kind):
     expected = weight - 5e-3 * (grad.sign() if kind == "sign" else grad)
     expected[:, active] = weight[:, active]  # until the step
     torch.testing.assert_close(model.down_proj.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("granularity", ["rows", "neurons"])
+def test_moments_of_a_whole_matrix_become_those_of_its_rows_but_not_of_columns(granularity):
+    """They lie row after row."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = optimizer_of(model, granularity=granularity, always=["layers.0.o_proj"], budget=0.6)
+    trained(optimizer, model, steps=3)
+    before = optimizer.state[model.o_proj.weight]["cohorts"][0]["exp_avg"].view(WIDTH, WIDTH).clone()
+    optimizer.activate(["layers.0.o_proj.weight"])
+    (cohort,) = optimizer.state[model.o_proj.weight]["cohorts"]
+    if granularity == "rows":
+        assert torch.equal(cohort["exp_avg"], before)
+    else:
+        assert cohort["step"] == 0
+        assert "exp_avg" not in cohort
+
+
+def test_columns_that_this_version_cuts_into_rows_are_refused(monkeypatch):
+    model = Net()
+    optimizer = optimizer_of(model)
+    trained(optimizer, model, steps=2)
+    saved = optimizer.state_dict()
+    monkeypatch.setattr("llm.blocks.WRITERS", ("down_proj",))
+    with pytest.raises(
+        ValueError, match=r"has columns of layers\.0\.o_proj\.weight, which this version cuts into rows"
+    ):
+        optimizer_of(Net()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("granularity", ["rows", "neurons"])
+def test_what_is_always_active_has_whole_gradients_in_the_first_window(granularity, monkeypatch):
+    monkeypatch.setattr("llm.optimizer.SURVEYED", 1)
+    monkeypatch.setattr("llm.optimizer.HELD", 0)
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = optimizer_of(model, granularity=granularity, always=["layers.0.o_proj"], budget=0.6)
+    trained(optimizer, model, steps=2)
+    assert optimizer.active()["layers.0.o_proj.weight"] == WIDTH * WIDTH
