@@ -5,24 +5,34 @@ Logits are the largest activation of a small model: tokens x vocabulary. Where p
 theirs are not made: the head reads the last hidden states of the learnt tokens alone. And the usual cross-entropy
 holds four arrays of the size of the logits (these, their log-softmax, and two gradients); here the gradient
 ``softmax - one-hot`` is written over the logits, some rows at a time.
+
+Of a head that is not trained only the gradient of its input is wanted, a row for every token that needs nothing of the
+other tokens. Then logits are made for some tokens at a time, turned into a loss and that gradient, and overwritten by
+those of the next ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from llm.data import IGNORED
+from llm.row_gradients import RowForward
 
 __all__ = ["losses_of"]
 
 TOGETHER = {"cpu": 2**21}  # entries of logits that are gone through at a time: what a cache holds
 ELSEWHERE = 2**25  # on other devices: few kernels
+APART = {"cpu": 2**23}  # the same where they are made at a time: the weight of the head is read for every piece
+
+_used: WeakSet[nn.Module] = WeakSet()  # heads whose model goes on with their logits
 
 
 def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -66,20 +76,29 @@ def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     unknown = isinstance(labels, FakeTensor) or labels.is_meta or labels.dim() == 1
     learnt = None if unknown else (targets.flatten() != IGNORED).nonzero()[:, 0]
-    with _only(learnt, labels.shape, model) as shortened:
+    with _only(learnt, labels.shape, model) as read:
         logits = model(**inputs).logits
+    if read.apart and not read.gave(logits):  # once for a model: what it does with its logits has to be differentiated
+        _used.add(read.head)  # type: ignore[arg-type]
+        with _only(learnt, labels.shape, model) as read:
+            logits = model(**inputs).logits
     if logits.dim() == 2:
         return _plain(logits, labels.flatten())
-    expected = (1, learnt.numel()) if learnt is not None and shortened else labels.shape
-    if logits.shape[:-1] != expected:
+    expected = (1, learnt.numel()) if learnt is not None and read.hidden is not None else labels.shape
+    if logits.shape[:-1] != (expected if not read.apart else (1, min(1, expected[1]))):
         raise ValueError(
             f"the model must return logits for {tuple(expected)} tokens; found logits of shape {tuple(logits.shape)}"
         )
     if learnt is None:
         return _plain(logits, targets).sum(1)
-    logits, place = logits.flatten(0, 1), learnt.to(logits.device)
-    logits = logits if shortened else logits.index_select(0, place)
-    every = _CrossEntropy.apply(logits, targets.flatten()[learnt].to(logits.device))
+    place = learnt.to(logits.device)
+    wanted = targets.flatten()[learnt].to(logits.device)
+    if read.apart:
+        every = _HeadLoss.apply(read.hidden.to(logits.dtype), read.head.weight, read.head.bias, wanted)  # type: ignore
+    else:
+        logits = logits.flatten(0, 1)
+        logits = logits if read.hidden is not None else logits.index_select(0, place)
+        every = _CrossEntropy.apply(logits, wanted)
     return every.new_zeros(labels.numel()).index_put((place,), every).view(labels.shape).sum(1)
 
 
@@ -93,31 +112,106 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@contextmanager
-def _only(learnt: Tensor | None, shape: Sequence[int], model: Any) -> Iterator[list[bool]]:
-    """In this block a model's head reads the learnt tokens only, if it reads every token by itself.
+@dataclass
+class _Read:
+    """What the head of a model was given instead of all tokens.
 
-    The list that is given to the block is not empty once it has done so.
+    Attributes
+    ----------
+    head : Module or None
+    apart : bool
+        Whether it saw the first learnt token only, and the logits of all are to be made from ``hidden``.
+    hidden : Tensor or None
+        Of the learnt tokens; None if the head was given what it is given otherwise.
     """
+
+    head: nn.Module | None = None
+    apart: bool = False
+    hidden: Tensor | None = None
+    made: Tensor | None = None
+    version: int = 0
+
+    def gave(self, logits: Tensor) -> bool:
+        """Whether the model returns what the head has made, as it was made."""
+        return logits is self.made and logits._version == self.version
+
+
+@contextmanager
+def _only(learnt: Tensor | None, shape: Sequence[int], model: Any) -> Iterator[_Read]:
+    """In this block a model's head reads the learnt tokens only, if it reads every token by itself."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    shortened: list[bool] = []
     if learnt is None or not isinstance(head, nn.Module):
-        yield shortened
+        yield _Read()
         return
+    read = _Read(head, _frozen(head) and head not in _used)
 
     def shorten(_: nn.Module, args: tuple[Any, ...]) -> Any:
         """The input of the head, cut down."""
         whole = len(args) == 1 and isinstance(args[0], Tensor) and args[0].shape[:-1] == shape
         if not whole or torch.compiler.is_compiling():
+            read.apart = False
             return None
-        shortened.append(True)
-        return (args[0].flatten(0, 1).index_select(0, learnt.to(args[0].device))[None],)
+        read.hidden = args[0].flatten(0, 1).index_select(0, learnt.to(args[0].device))
+        return (read.hidden[None, :1] if read.apart else read.hidden[None],)
 
-    hook = head.register_forward_pre_hook(shorten)
+    def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """What the head makes of it."""
+        read.made, read.version = output, output._version
+
+    hooks = [head.register_forward_pre_hook(shorten)]
+    if read.apart:
+        hooks.append(head.register_forward_hook(see))
     try:
-        yield shortened
+        yield read
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def _frozen(head: nn.Module) -> bool:
+    """Whether it is a plain linear layer that gets no gradient."""
+    plain = type(head).forward is nn.Linear.forward and not head._forward_hooks and not head._forward_pre_hooks
+    own = head.__dict__.get("forward")  # that of an optimizer is the plain one where the weight is not trained
+    if not plain or not (own is None or isinstance(own, RowForward)):
+        return False
+    held = [p for p in (head.weight, head.bias) if p is not None]
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in held)
+    return not trained and all(type(p) in (Tensor, nn.Parameter) for p in held)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """``-log softmax(W h + b)[target]`` of every row h, whose gradient is made in the forward pass; not that of W."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        """The losses."""
+        low, wide = hidden.dtype, _wide(hidden.dtype)
+        weight, bias = weight.to(low), None if bias is None else bias.to(low)
+        every = hidden.new_empty(len(hidden), dtype=wide)
+        made = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        room: Any = None
+        for rows in _pieces(hidden, len(weight), APART):
+            x, target = hidden[rows], targets[rows, None]
+            room = hidden.new_empty(len(x), len(weight)) if room is None else room[: len(x)]
+            args = (x, weight.t()) if bias is None else (bias, x, weight.t())
+            logits = torch.mm(*args, out=room) if bias is None else torch.addmm(*args, out=room)
+            share = logits.to(wide)
+            picked, top = share.gather(1, target), share.amax(1, keepdim=True)
+            total = share.sub_(top).exp_().sum(1, keepdim=True)
+            every[rows] = (total.log() + top - picked)[:, 0]
+            if made is not None:
+                share.div_(total).scatter_add_(1, target, share.new_full(target.shape, -1))
+                torch.mm(share.to(low), weight, out=made[rows])
+        ctx.save_for_backward(made)
+        return every
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """The gradient of the rows."""
+        if torch.is_grad_enabled():  # with create_graph=True
+            raise RuntimeError("losses_of cannot be differentiated twice")
+        (made,) = ctx.saved_tensors
+        return (made * grad[:, None]).to(made.dtype), None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -128,8 +222,13 @@ class _CrossEntropy(torch.autograd.Function):
         """The losses."""
         wide = _wide(logits.dtype)
         sums = logits.new_empty(len(logits), dtype=wide)
-        for rows in _pieces(logits):
-            torch.logsumexp(logits[rows].to(wide), 1, out=sums[rows])
+        room: Any = None
+        for rows in _pieces(logits, logits.shape[1], TOGETHER):
+            piece = logits[rows]
+            room = torch.empty_like(piece, dtype=wide) if room is None else room[: len(piece)]
+            top = piece.amax(1, keepdim=True).to(wide)
+            total = torch.sub(piece, top, out=room).exp_().sum(1, keepdim=True)
+            sums[rows] = total.log_().add_(top)[:, 0]
         ctx.save_for_backward(logits, targets, sums)
         ctx.over = False
         return sums - logits.gather(1, targets[:, None])[:, 0]
@@ -141,7 +240,7 @@ class _CrossEntropy(torch.autograd.Function):
             raise RuntimeError("losses_of can be differentiated once: its gradient is written over the logits")
         logits, targets, sums = ctx.saved_tensors
         logits, ctx.over = logits.detach(), True
-        for rows in _pieces(logits):
+        for rows in _pieces(logits, logits.shape[1], TOGETHER):
             share = logits[rows].to(sums.dtype)  # the logits themselves in float32
             share.sub_(sums[rows, None]).exp_()
             share[torch.arange(len(share), device=share.device), targets[rows]] -= 1
@@ -149,6 +248,6 @@ class _CrossEntropy(torch.autograd.Function):
         return logits, None
 
 
-def _pieces(logits: Tensor) -> Iterator[slice]:
-    step = max(1, TOGETHER.get(logits.device.type, ELSEWHERE) // max(1, logits.shape[1]))
-    return (slice(start, start + step) for start in range(0, len(logits), step))
+def _pieces(rows: Tensor, words: int, together: Mapping[str, int]) -> Iterator[slice]:
+    step = max(1, together.get(rows.device.type, ELSEWHERE) // max(1, words))
+    return (slice(start, start + step) for start in range(0, len(rows), step))

@@ -1,5 +1,7 @@
 """Losses from the logits of learnt tokens alone, against those of transformers and of torch."""
 
+import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import strategies as st  # noqa: E402
 from test_llm_models import DECODERS, SIZES, decoder, gpt2  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from llm import BlockLLM  # noqa: E402
 from llm import losses as module  # noqa: E402
@@ -186,7 +190,13 @@ def test_the_head_is_as_it_was_after_an_error():
     model = decoder("Llama")
     with pytest.raises(IndexError):
         losses_of(model, masked() | {"input_ids": torch.full((3, 7), 64)})
-    assert not model.get_output_embeddings()._forward_pre_hooks
+    head = model.get_output_embeddings()
+    assert not head._forward_pre_hooks
+    assert not head._forward_hooks
+    losses_of(model, masked())
+    losses_of(frozen(model), masked())
+    assert not head._forward_pre_hooks
+    assert not head._forward_hooks
 
 
 def test_a_compiled_model():
@@ -249,6 +259,244 @@ def test_cross_entropy_is_that_of_torch(rows, words, spread, together, seed, dty
     tolerance = {"rtol": 1e-5, "atol": 1e-6 * max(1.0, spread)} if dtype == torch.float32 else {}
     torch.testing.assert_close(losses, expected, **tolerance)
     torch.testing.assert_close(first.grad, second.grad, **tolerance)
+
+
+# -- heads that are not trained --------------------------------------------------------------------
+
+
+@contextmanager
+def calls_of(module_):
+    """Shapes of what a module returns, without a hook of its own."""
+    seen = []
+
+    def see(m, args, output):
+        if m is module_:
+            seen.append(getattr(output, "shape", None))
+
+    hook = nn.modules.module.register_module_forward_hook(see)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def frozen(model):
+    """The model without training of its head (and of the token table, where that is the same)."""
+    model.get_output_embeddings().requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_frozen_head_reads_one_token_and_gives_the_same(name):
+    torch.manual_seed(0)
+    model, batch = frozen(MADE[name]()).eval(), masked()
+    whole = {"Gemma 2": 1, "Granite": 1}.get(name, 0)  # what they do with their logits has to be differentiated
+    for turn in range(2):
+        with calls_of(model.get_output_embeddings()) as seen, calls_of(model) as runs:
+            losses = losses_of(model, batch)
+        assert seen == [(1, 1, 64)] * (not (whole and turn)) + [(1, 8, 64)] * whole
+        assert len(runs) == 1 + (whole and not turn)  # the second time it is known
+        mine = gradients(model, losses.sum() / 8)
+        output = model(**batch)
+        assert output.logits.shape == (3, 7, 64)
+        torch.testing.assert_close(losses.sum() / 8, output.loss)
+        for a, b in zip(mine, gradients(model, output.loss), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_without_gradients_any_head_reads_one_token(name):
+    torch.manual_seed(0)
+    model, batch = MADE[name]().eval(), masked()
+    expected = losses_of(model, batch)
+    with torch.no_grad(), calls_of(model.get_output_embeddings()) as seen:
+        torch.testing.assert_close(losses_of(model, batch), expected)
+    assert seen[0] == (1, 1, 64)
+
+
+def test_frozen_and_nothing_is_learnt():
+    model = frozen(decoder("Llama"))
+    batch = masked()
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    losses = losses_of(model, batch)
+    losses.sum().backward()
+    assert losses.tolist() == [0, 0, 0]
+
+
+class Doubled(nn.Module):
+    """Changes its logits in place, in some batches only."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.table, self.head = nn.Embedding(64, 16), head
+        self.doubles = True
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids):
+        logits = self.head(self.table(input_ids))
+        return SimpleNamespace(logits=logits.mul_(2) if self.doubles else logits)
+
+
+def test_logits_that_change_in_place():
+    torch.manual_seed(0)
+    model, batch = Doubled(nn.Linear(16, 64)), masked()
+    expected = losses_of(model, batch)
+    torch.testing.assert_close(losses_of(frozen(model), batch), expected)
+    model.doubles = False
+    plain = losses_of(model, batch)
+    assert not torch.allclose(plain, expected)
+    torch.testing.assert_close(plain, losses_of(model.requires_grad_(True), batch))
+
+
+def test_logits_of_other_tokens_are_refused_with_a_frozen_head():
+    ids = torch.randint(3, 64, (2, 4))
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, 2:] = ids[:, 2:]
+    with pytest.raises(ValueError, match="logits for"):
+        losses_of(frozen(Combined()), {"input_ids": ids, "labels": labels})
+
+
+class Twice(nn.Linear):
+    """A head of a class of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_heads_that_are_not_plain_linear_layers_read_all_learnt_tokens():
+    torch.manual_seed(0)
+    hooked = nn.Linear(16, 64)
+    hooked.register_forward_hook(lambda m, args, output: 2 * output)
+    wrapped = nn.Linear(16, 64)
+    wrapped.forward = lambda x: 2 * nn.functional.linear(x, wrapped.weight, wrapped.bias)
+    for head in (Twice(16, 64), hooked, wrapped):
+        model, batch = Doubled(head), masked()
+        model.doubles = False
+        trained = losses_of(model, batch)
+        with calls_of(head) as seen:
+            torch.testing.assert_close(losses_of(frozen(model), batch), trained)
+        assert seen == [(1, 8, 64)]
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_frozen_head_in_low_precision(low, bias):
+    """Logits are rounded as the model's are, sums are not; the gradient is as near to float64's as before."""
+    torch.manual_seed(0)
+    model, batch = Doubled(nn.Linear(16, 64, bias=bias)), masked()
+    model.doubles = False
+    exact = copy.deepcopy(model).double()
+    (expected,) = gradients(frozen(exact), losses_of(exact, batch).sum())
+    found = []
+    for trained in (True, False):
+        ours = copy.deepcopy(model) if low else copy.deepcopy(model).bfloat16()
+        ours.head.requires_grad_(trained)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            losses = losses_of(ours, batch)
+        assert losses.dtype == torch.float32
+        losses.sum().backward()
+        assert ours.table.weight.grad.dtype == (torch.float32 if low else torch.bfloat16)
+        found.append((losses, (ours.table.weight.grad - expected).norm() / expected.norm()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    assert found[1][1] < max(1.2 * found[0][1], 4e-3)
+
+
+@given(
+    st.integers(0, 9),
+    st.integers(2, 40),
+    st.sampled_from([1e-3, 1.0, 30.0, 1e3]),
+    st.integers(1, 100),
+    st.booleans(),
+    st.integers(0, 99),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(deadline=None, max_examples=60)
+def test_losses_of_a_head_are_those_of_torch(rows, words, spread, together, bias, seed, dtype):
+    """For pieces of any size."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, offset = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((rows, 5), (words, 5), (words,))
+    )
+    x *= spread
+    targets, weights = (
+        torch.randint(words, (rows,), generator=generator),
+        torch.rand(rows, generator=generator).to(dtype),
+    )
+    first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.APART, "cpu", together)
+        losses = module._HeadLoss.apply(first, weight, offset if bias else None, targets)
+        (losses * weights).sum().backward()
+    logits = nn.functional.linear(second, weight, offset if bias else None)
+    expected = nn.functional.cross_entropy(logits, targets, reduction="none")
+    (expected * weights).sum().backward()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 * max(1.0, spread)} if dtype == torch.float32 else {}
+    torch.testing.assert_close(losses, expected, **tolerance)
+    torch.testing.assert_close(first.grad, second.grad, **tolerance)
+
+
+def test_a_frozen_head_is_differentiated_once_only():
+    x = torch.randn(5, 3, requires_grad=True)
+    losses = module._HeadLoss.apply(x, torch.randn(7, 3), None, torch.arange(5))
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(losses.sum(), x, create_graph=True)
+
+
+def test_no_array_of_the_size_of_the_logits_is_made():
+    class Largest(TorchDispatchMode):
+        """Entries of the largest tensor that was made."""
+
+        entries = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.entries = max([self.entries, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+            return out
+
+    model, found = Doubled(nn.Linear(16, 1000)), []
+    model.doubles = False
+    ids = torch.randint(64, (4, 101), generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.APART, "cpu", 20_000)
+        for trained in (True, False):
+            model.head.requires_grad_(trained)
+            with Largest() as largest:
+                losses_of(model, {"input_ids": ids, "labels": ids}).sum().backward()
+            found.append(largest.entries)
+    assert found == [400 * 1000, 20_000]
+
+
+def test_neurons_with_a_frozen_table_train_as_with_the_loss_of_the_model():
+    finals = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        model = decoder("Qwen3, tied")
+        optimizer = BlockLLM(model, 1e-3, budget=0.3, granularity="neurons", embeddings="never", switch_every=2)
+        with calls_of(model.get_output_embeddings()) as seen:
+            for step in range(5):
+                batch = masked(step)
+                loss = model(**batch).loss if own else losses_of(model, batch).sum() / 8
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert own or set(seen) == {(1, 1, 64)}
+        finals.append((loss.detach(), nn.utils.parameters_to_vector(model.parameters())))
+    torch.testing.assert_close(*finals, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_with_a_frozen_head():
+    torch.manual_seed(0)
+    model = frozen(decoder("Llama"))
+    compiled = torch.compile(model, backend="eager")
+    for k in range(2):
+        batch = masked(k)
+        pair = losses_of(compiled, batch), losses_of(model, batch)
+        torch.testing.assert_close(*pair)
+        found = [gradients(model, losses.sum()) for losses in pair]
+        torch.testing.assert_close(*found)
 
 
 def test_a_trainer_with_these_losses(tmp_path):
