@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from experiments import llm_report, llm_tasks
 from experiments.figures import panels, style, tidy
 from experiments.llm_common import START, Matrix, Runs, Unit, collect
-from experiments.llm_methods import FEW, Method
+from experiments.llm_methods import NAMED, Method
 from experiments.llm_report import LOSS, criterion, entries, together
 from experiments.llm_training import carry_out
 from experiments.tables import markdown
@@ -36,7 +36,7 @@ QUICK_STEPS = 3
 EXPECTED = {"addresses": 30.0, "gsm8k": 40.0}  # seconds of a run on a GPU where nothing is known yet
 RATES = {"addresses": 1.6e-2, "gsm8k": 1e-3}
 FULL_RATES = {"addresses": 3e-3, "gsm8k": 1e-4}
-CENTRE_OPTIONS = FEW
+CENTRE_OPTIONS = NAMED
 CENTRE, ADAMW = "centre", "AdamW"
 TENSOR = {"granularity": "tensor"}
 
@@ -46,10 +46,11 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"switch_every": 24},
     {"switch_every": None, "patience": 5},
     {"rule": "random"},
-    {"reach": None},
     {"reach": 1.0},
+    {"reach": 2.0},
     {"reach": 4.0},
     {"embeddings": "compete"},
+    {"granularity": "rows"},
     {"granularity": "tensor"},
     {"granularity": "entries"},
     {"granularity": "layer"},
