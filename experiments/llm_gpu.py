@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A step of SmolLM2-135M on a CUDA device: its time and its memory, BlockLLM beside AdamW, LoRA and BAdam.
+"""Steps on a CUDA device: their time and memory, BlockLLM beside AdamW, LoRA and BAdam.
 
-Each method takes a few steps on one batch of GSM8K (and on eight copies of it), the first ones not timed, from the same
-weights. A step is the whole of it: forward, backward, update, and the copy of the loss to the host, between two
-synchronisations. Switches, which are made every few steps here, are timed apart, and a step is given with the share of
-a switch that it has in the method's own period. BAdam goes once through all of its layers, three steps in each; its
-step is a mean over them. Float32 products are TF32. AdamW is timed once more at the end: what differs from its first
-time is noise.
+SmolLM2-135M takes steps on a batch of GSM8K (and on eight copies of it); Llama-2-7B, with random weights and with
+gradient checkpointing, on a sequence of 512 random tokens (and on eight). The first steps are not timed. A step is the
+whole of it: forward, backward, update, and the copy of the loss to the host, between two synchronisations. Switches,
+which are made every few steps here, are timed apart, and a step is given with the share of a switch that it has in the
+method's own period. BAdam goes once through all of its layers, three steps in each; its step is a mean over them.
+Float32 products are TF32. AdamW is timed once more at the end: what differs from its first time is noise. Memory is
+what PyTorch had allocated at most, in the first step (where BlockLLM chooses) or in the others.
 """
 
 from __future__ import annotations
@@ -18,40 +19,55 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from experiments import llm_tasks
-from experiments.llm_batches import Batch, Task
+from experiments.llm_batches import Batch, learnt_loss
 from experiments.llm_common import where
 from experiments.llm_finetune import ALL
+from experiments.llm_memory_runs import MODELS
 from experiments.llm_methods import Method, layers
 from experiments.llm_training import moved, update
 from experiments.tables import markdown
 from llm import BlockLLM
+from llm.hf import checkpointing
 
-TITLE = "A step of SmolLM2-135M on a GPU: BlockLLM beside AdamW, LoRA, BAdam"
+TITLE = "Steps of SmolLM2-135M and of Llama-2-7B on a GPU: BlockLLM beside AdamW, LoRA, BAdam"
 SEED = 0
 NAMES = (
     "AdamW",
+    "BlockLLM neurons, frozen table",
     "LoRA r8",
-    "BAdam",
     "BlockLLM rows, cautious",
-    "BlockLLM neurons",
     "BlockLLM rows of few tensors",
-    "BlockLLM rows 15%, 8-bit",
     "BlockLLM tensors",
-    "BlockLLM entries",
+    "BAdam",
     "AdamW",
 )
-CASES = (("float32", 1), ("bfloat16", 8), ("bfloat16", 1))  # of the weights; copies of the batch
+SMALL, LARGE = "SmolLM2-135M", "Llama-2-7B"
+LENGTH = 512  # tokens of a sequence of the large model
+
+
+class Case(NamedTuple):
+    """A model, the type of its weights, and how often the batch is repeated."""
+
+    model: str
+    dtype: str
+    copies: int
+
+
+CASES = (Case(LARGE, "bfloat16", 1), Case(SMALL, "float32", 1), Case(LARGE, "bfloat16", 8), Case(SMALL, "bfloat16", 8))
 WARM_UP, STEPS = 3, 11
 LAYER = 3  # steps of BAdam in a layer: the first makes moments, the last switches
 RATE = 1e-5
 
 Results = dict[str, Any]
+Make = Callable[[str], nn.Module]  # of the name of a type
 
 
 def run(quick: bool) -> Results:
@@ -65,15 +81,43 @@ def run(quick: bool) -> Results:
     if not torch.cuda.is_available():
         raise FileNotFoundError("llm_gpu needs a CUDA device, and PyTorch sees none here")
     llm_tasks.check(("gsm8k",))
-    task = llm_tasks.make("gsm8k", SEED, 1)
-    task = moved(task, "cuda")._replace(model=task.model.cpu())  # what is measured is a copy on the device
-    names, cases = (NAMES[:2], CASES[:1]) if quick else (NAMES, CASES)
+    names, cases = (NAMES[:2], CASES[1:2]) if quick else (NAMES, CASES)
+    sources = {SMALL: small("cuda"), LARGE: large(MODELS[LARGE], "cuda")}
     found = []
     with contextlib.suppress(KeyboardInterrupt):  # what there is by then is kept
-        for dtype, copies, name in ((*case, name) for case in cases for name in names if ALL[name].installed):
-            found.append({"dtype": dtype, "copies": copies, "method": name} | timed(task, ALL[name], dtype, copies))
-            print(f"llm_gpu: {dtype} x {copies}, {name}: {1e3 * found[-1]['step']:.1f} ms", flush=True)
+        for case, name in ((case, name) for case in cases for name in names if ALL[name].installed):
+            make, batch = sources[case.model]
+            found.append(case._asdict() | {"method": name} | timed(make, repeated(batch, case), ALL[name], case.dtype))
+            print(f"llm_gpu: {' '.join(map(str, case))}, {name}: {1e3 * found[-1]['step']:.1f} ms", flush=True)
     return {"steps": found, "device": where("cuda") | {"torch": torch.__version__}, "threads": threads()}
+
+
+def small(device: str) -> tuple[Make, Batch]:
+    """SmolLM2 and a batch of GSM8K."""
+    task = moved(llm_tasks.make("gsm8k", SEED, 1), device)
+    model = task.model.cpu()  # what is measured is a copy on the device
+    return lambda dtype: copy.deepcopy(model).to(device, getattr(torch, dtype)), task.batches[0]
+
+
+def large(sizes: dict[str, Any], device: str) -> tuple[Make, Batch]:
+    """A Llama of these sizes with random weights, checkpointed, and a sequence of random tokens."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    def make(dtype: str) -> nn.Module:
+        """The model, made where it is to be."""
+        with torch.device(device):
+            model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=getattr(torch, dtype))
+        checkpointing(model)
+        return model  # type: ignore[no-any-return]
+
+    ids = torch.randint(sizes["vocab_size"], (1, LENGTH), generator=torch.Generator().manual_seed(SEED)).to(device)
+    return make, Batch({"input_ids": ids, "labels": ids}, LENGTH)
+
+
+def repeated(batch: Batch, case: Case) -> Batch:
+    """So many copies of its sequences."""
+    inputs = {name: value.repeat(case.copies, 1) for name, value in batch.inputs.items()}
+    return Batch(inputs, batch.tokens * case.copies)
 
 
 def threads() -> str:
@@ -81,22 +125,22 @@ def threads() -> str:
     return os.environ.get("OMP_NUM_THREADS", f"all {os.cpu_count()}")
 
 
-def timed(task: Task, method: Method, dtype: str, copies: int) -> Results:
+def timed(make: Make, batch: Batch, method: Method, dtype: str) -> Results:
     """Seconds of a step and what a switch takes more; tokens of a step; bytes allocated at most.
 
     Parameters
     ----------
-    task : Task
-        Its batches are on the device, and its model, which is copied there, is not.
+    make : callable
+        Makes the model, on the device.
+    batch : Batch
+        On the device.
     method : Method
     dtype : str
         Of the weights.
-    copies : int
-        How often the batch is repeated.
     """
     gc.collect()  # the model before may be in a cycle of references
-    one = task.batches[0]
-    model = copy.deepcopy(task.model).to(one.inputs["input_ids"].device, getattr(torch, dtype))
+    torch.cuda.empty_cache()
+    model = make(dtype)
     period = method.settings().get("switch_every") or math.inf
     steps = STEPS
     if method.kind == "badam":
@@ -104,24 +148,25 @@ def timed(task: Task, method: Method, dtype: str, copies: int) -> Results:
     else:
         method = method.with_timed_periods()
     model, optimizer = method.build(model, RATE, SEED)
-    batch = Batch({name: value.repeat(copies, 1) for name, value in one.inputs.items()}, one.tokens * copies)
-    times = []
+    times, peaks = [], []
     for step in range(WARM_UP + steps):
-        if step == WARM_UP:
+        if step <= 1:
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        loss = update(model, optimizer, batch, RATE, task.loss)
+        loss = update(model, optimizer, batch, RATE, learnt_loss)
         torch.cuda.synchronize()
         if not math.isfinite(loss):
             raise ValueError(f"the loss must be finite while steps are timed; found {loss} with {dtype}")
         times.append(time.perf_counter() - began)
+        peaks.append(torch.cuda.max_memory_allocated())
     usual, switch = parts(times, optimizer)
     return {
         "step": usual + switch / period,
         "switch": switch,
         "tokens": batch.tokens,
-        "allocated": torch.cuda.max_memory_allocated(),
+        "first": peaks[0],
+        "allocated": peaks[-1],
         "all": times,
     }
 
@@ -150,9 +195,9 @@ def parts(times: list[float], optimizer: torch.optim.Optimizer) -> tuple[float, 
 # -- tables -------------------------------------------------------------------------------------
 
 
-def steps_table(results: Results, dtype: str, copies: int) -> str:
+def steps_table(results: Results, case: Case) -> str:
     """A row for every method in one case; AdamW's two times as its range."""
-    found = [row for row in results["steps"] if (row["dtype"], row["copies"]) == (dtype, copies)]
+    found = [row for row in results["steps"] if Case(*(row[name] for name in Case._fields)) == case]
     peer = [row["step"] for row in found if row["method"] == "AdamW"]
     rows = []
     for name in dict.fromkeys(row["method"] for row in found):
@@ -164,15 +209,16 @@ def steps_table(results: Results, dtype: str, copies: int) -> str:
                 " and ".join(f"{1e3 * row['step']:.1f}" for row in mine),
                 f"{1e3 * mine[0]['switch']:.1f}" if mine[0]["switch"] else "-",
                 f"{statistics.median(peer) / step:.2f}",
-                f"{max(row['allocated'] for row in mine) / 1e6:,.0f}",
+                *(f"{max(row[kind] for row in mine) / 1e6:,.0f}" for kind in ("first", "allocated")),
             ]
         )
-    return markdown(["method", "ms a step", "a switch, more", "x AdamW", "peak MB"], rows)
+    head = ["method", "ms a step", "a switch, more", "x AdamW", "peak MB, first step", "later"]
+    return markdown(head, rows)
 
 
 def tables(results: Results) -> dict[str, str]:
     """Markdown by name: one for every case, and runs."""
     device = results["device"]
     text = f"*{device['gpu']}, CUDA {device['cuda']}, PyTorch {device['torch']}, OMP_NUM_THREADS {results['threads']}*"
-    cases = dict.fromkeys((row["dtype"], row["copies"]) for row in results["steps"])
-    return {f"{dtype}_{copies}": steps_table(results, dtype, copies) for dtype, copies in cases} | {"runs": text}
+    cases = dict.fromkeys(Case(*(row[name] for name in Case._fields)) for row in results["steps"])
+    return {"_".join(map(str, case)): steps_table(results, case) for case in cases} | {"runs": text}
