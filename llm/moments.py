@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llm import fused_gpu
 from llm.adam import GROUP, Hyper, adam_direction, adamw_, compand, decode, expand, stochastic_round
 from llm.compact import CompactGrad, Part, flat
 from llm.fused import LEAST, adamw_rows_, fits
@@ -35,6 +36,7 @@ STATES = ("fp32", "bf16", "8bit")
 CHUNK = 1 << 20  # entries that are updated at a time, which bounds the temporary memory
 CACHED = 1 << 16  # so many of small pieces on a CPU, whose caches hold them
 SMALL = 1 << 14  # entries of a tensor that is active as a whole and still updated with others
+SEEDS = 1 << 20  # of kernels for one of a generator
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 Cohort = dict[str, Any]
 Gradient = Tensor | Callable[[Tensor], Tensor]
@@ -55,21 +57,21 @@ def round_to(value: Tensor, dtype: torch.dtype, stochastic: bool, generator: tor
     return stochastic_round(value.float(), generator) if stochastic and dtype == torch.bfloat16 else value.to(dtype)
 
 
-def _spans(part: Part, size: int, lo: int, hi: int) -> Iterator[tuple[int, int, slice | Tensor]]:
+def _spans(part: Part, size: int, lo: int, hi: int, chunk: int = CHUNK) -> Iterator[tuple[int, int, slice | Tensor]]:
     """Pieces of the slices lo, ..., hi - 1 of a part: where they are in the part, and in the parameter.
 
     Large slices are cut and named by a slice of entries, small ones are taken together and named by their index.
     """
     unit = part.unit
-    if not part.columns and (unit == size or (unit >= CHUNK and unit % GROUP == 0)):
+    if not part.columns and (unit == size or (unit >= chunk and unit % GROUP == 0)):
         places = [0] if unit == size else part.where[lo:hi].tolist()
         for k, place in enumerate(places, lo):
-            for a in range(0, unit, CHUNK):
-                b = min(unit, a + CHUNK)
+            for a in range(0, unit, chunk):
+                b = min(unit, a + chunk)
                 yield k * unit + a, k * unit + b, slice(place * unit + a, place * unit + b)
         return
     aligned = GROUP // math.gcd(unit, GROUP)  # slices between two places where a scale of 8-bit states begins
-    together = max(1, CHUNK // unit // aligned) * aligned
+    together = max(1, chunk // unit // aligned) * aligned
     for k in range(lo, hi, together):
         stop = min(hi, k + together)
         yield k * unit, stop * unit, part.where[k:stop]
@@ -153,6 +155,16 @@ class _Span(NamedTuple):
         return "master" not in self.cohort and fits(self.entries, self.cohort["exp_avg"])
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether one kernel updates it; small tensors that are active as a whole are quicker together."""
+        return self.entries.is_cuda and _kernel_fits(self.entries, self.cohort) and not self.waits
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is a small piece of consecutive entries."""
+        return isinstance(self.where, slice) and self.size <= SMALL
+
+    @property
     def in_rows(self) -> bool:
         """Whether it is rows (or columns) that can be updated in one pass."""
         return isinstance(self.where, Tensor) and self.part.unit >= LEAST and self.compiled
@@ -186,6 +198,7 @@ def update_(
     generator : Generator
         Of the roundings; on the device of the parameters.
     """
+    launched = 0  # kernels on a GPU
     waiting: dict[Any, list[_Span]] = {}  # small ones, by kind
     held: dict[Any, int] = {}  # entries of these
 
@@ -203,8 +216,12 @@ def update_(
                 if span.in_rows:
                     _step_rows(span, scale, generator)
                     continue
+                if span.on_gpu:
+                    _step_on_gpu(span, scale, generator.initial_seed() * SEEDS + launched)
+                    launched += 1
+                    continue
                 kind, size = span.kind, span.size
-                if size > (SMALL if isinstance(span.where, slice) else most):
+                if not span.waits and (isinstance(span.where, slice) or size > most):
                     _step([span], scale, generator)
                     continue
                 if kind in waiting and held[kind] + size > most:
@@ -222,17 +239,19 @@ def update_(
 def _spans_of(update: Update, entries: Tensor, states: str) -> Iterator[_Span]:
     """The spans of a parameter, with moments made that are not there yet."""
     part, dtype = update.part, working_dtype(entries.dtype)
-    gradient = _pieces_of(update.grad, part)
+    gradient, chunk = _pieces_of(update.grad, part), CHUNK
     lo = 0
     for cohort in update.cohorts:
         if "exp_avg" not in cohort:
             _begin(cohort, part.unit, states, dtype, entries)
             if update.precision == "fp32-active" and dtype != entries.dtype:
                 cohort["master"] = _taken(entries, part, lo, cohort["count"]).to(dtype)
+        if entries.is_cuda and not _makes_copies(update.grad, part) and _kernel_fits(entries, cohort):
+            chunk = entries.numel()
         step = cohort["step"] + 1
         rate = update.hyper.lr * min(1.0, step / (cohort["ramp"] or 1))
         hyper, start = update.hyper._replace(lr=rate), lo * part.unit
-        for a, b, where in _spans(part, entries.numel(), lo, lo + cohort["count"]):
+        for a, b, where in _spans(part, entries.numel(), lo, lo + cohort["count"], chunk):
             piece = functools.partial(gradient, a, b, where)
             yield _Span(entries, part, where, piece, cohort, a - start, b - start, step, hyper)
         lo += cohort["count"]
@@ -247,6 +266,16 @@ def _pieces_of(grad: Gradient, part: Part) -> Callable[[int, int, slice | Tensor
         return lambda a, b, where: active[a:b]
     entries = grad if part.columns else grad.reshape(-1)
     return lambda a, b, where: _at(entries, where, part)
+
+
+def _makes_copies(grad: Gradient, part: Part) -> bool:
+    """Whether each of these pieces is new memory."""
+    return not isinstance(grad, CompactGrad) and not (isinstance(grad, Tensor) and part.unit == grad.numel())
+
+
+def _kernel_fits(entries: Tensor, cohort: Cohort) -> bool:
+    """Whether there is a kernel for a cohort on a GPU."""
+    return "master" not in cohort and fused_gpu.fits(entries, cohort["exp_avg"])
 
 
 def _at(entries: Tensor, where: slice | Tensor, part: Part) -> Tensor:
@@ -266,6 +295,16 @@ def _step_rows(span: _Span, scale: float, generator: torch.Generator) -> None:
     grad, mean, square = (x.view(-1, span.part.unit) for x in (grad, *(span.of(name) for name in _MOMENTS)))
     weight = span.part.table(span.entries)
     adamw_rows_(weight, span.where, grad, mean, square, span.step, span.hyper, scale, generator)  # type: ignore[arg-type]
+    span.cohort["step"] = span.step
+
+
+def _step_on_gpu(span: _Span, scale: float, seed: int) -> None:
+    """AdamW in one kernel."""
+    rows = isinstance(span.where, Tensor)
+    weight = span.part.table(span.entries) if rows else span.entries
+    mean, square = (span.of(name) for name in _MOMENTS)
+    where: Any = span.where if rows else span.where.start  # type: ignore[union-attr]
+    fused_gpu.adamw_entries_(weight, where, span.grad(), mean, square, span.step, span.hyper, scale, seed)
     span.cohort["step"] = span.step
 
 
