@@ -3,8 +3,8 @@
 
 Every entry is read, updated and written once, where it is, with its moments in bfloat16 or float32. In PyTorch's
 operations it takes a gathered copy of everything, some forty launches for every million entries, and memory for these.
-The kernel is Triton's, which comes with PyTorch for CUDA; where it is missing or cannot compile, a warning says so, and
-PyTorch's operations do the step.
+The kernel is Triton's, which comes with PyTorch for CUDA. It is tried once for every type, against PyTorch's
+operations; where it cannot be compiled, or differs, a warning says so and those do the step, as without Triton.
 
 What is stored in bfloat16 is rounded stochastically, as :func:`llm.adam.stochastic_round` does, with noise from a hash
 of an entry's place and two seeds.
@@ -19,7 +19,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from llm.adam import Hyper
+from llm.adam import Hyper, adamw_
 
 try:
     import triton
@@ -34,21 +34,28 @@ TYPES = (torch.float32, torch.bfloat16)
 
 
 def fits(weight: Tensor, moment: Tensor) -> bool:
-    """Whether :func:`adamw_entries_` knows these types, and can be compiled for this device."""
+    """Whether :func:`adamw_entries_` knows these types, and works on this device."""
     known = type(weight) is Tensor and weight.dtype in TYPES and moment.dtype in TYPES
-    return known and weight.is_cuda and _compiles(weight.device)
+    return known and weight.is_cuda and _works(weight.device, weight.dtype, moment.dtype)
 
 
 @functools.cache
-def _compiles(device: torch.device) -> bool:
-    """Try a step of one entry."""
+def _works(device: torch.device, dtype: torch.dtype, moment: torch.dtype) -> bool:
+    """Try a step, and look whether it is that of :func:`llm.adam.adamw_`."""
     if triton is None:
         return False
-    weight, grad, mean, square = torch.zeros(4, 1, device=device)
+    size, hyper = (2, BLOCK // 2 + 1), Hyper(0.01, 0.9, 0.999, 1e-8, 0.1)
+    weight, grad, mean, square = torch.linspace(0.1, 1.0, 4 * size[0] * size[1], device=device).view(4, *size)
+    found = weight.to(dtype), mean.to(moment), square.to(moment)
+    expected = tuple(x.float().clone() for x in found)
     try:
-        adamw_entries_(weight, 0, grad, mean, square, 1, Hyper(0.0, 0.9, 0.999, 1e-8, 0.0), 1.0, 0)
+        adamw_entries_(found[0], torch.arange(2, device=device), grad, found[1], found[2], 2, hyper, 1.0, 0)
+        adamw_(expected[0], grad, expected[1], expected[2], 2, hyper)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x.float(), y, rtol=1e-5 if x.dtype == torch.float32 else 2**-7, atol=0)
     except Exception as error:  # of whatever kind a compiler, a driver or a linker raises
-        warnings.warn(f"Triton cannot compile the update on {device}, so that it takes longer: {error}", stacklevel=2)
+        text = f"Triton cannot update {dtype} with moments in {moment} on {device}, so that it takes longer: {error}"
+        warnings.warn(text, stacklevel=2)
         return False
     return True
 
@@ -129,7 +136,8 @@ if triton is not None:
         if pointer.dtype.element_ty == tl.bfloat16:
             bits = value.to(tl.uint32, bitcast=True) + (noise & 0xFFFF)
             return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        return value
+        else:  # Triton reads what comes after an if as well, and the types differ
+            return value
 
     @triton.jit(do_not_specialize=["start", "total", "seed", "other"])
     def _kernel(  # type: ignore[no-untyped-def]

@@ -5,6 +5,8 @@ Without a GPU: ``pip install triton`` and ``TRITON_INTERPRET=1 pytest tests/test
 
 import copy
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -184,13 +186,55 @@ def test_a_resumed_run_goes_on_bit_for_bit(interpreted):
         assert torch.equal(a, b)
 
 
-def test_a_compiler_that_fails_is_told_once(monkeypatch):
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("moment", TYPES)
+def test_it_is_tried_before_it_is_used(dtype, moment, monkeypatch):
+    """A kernel that fails, or computes something else, is not used, and that is told once."""
+    fused_gpu._works.cache_clear()
+    assert fused_gpu._works(torch.device(DEVICE), dtype, moment)
+    step = fused_gpu.adamw_entries_
+
     def fails(*args):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(fused_gpu, "adamw_entries_", fails)
-    fused_gpu._compiles.cache_clear()
-    with pytest.warns(UserWarning, match="takes longer: no compiler"):
-        assert not fused_gpu._compiles(torch.device(DEVICE))
-    assert not fused_gpu._compiles(torch.device(DEVICE))
-    fused_gpu._compiles.cache_clear()
+    def differs(weight, *args):
+        step(weight, *args)
+        weight[-1, -1] *= 1.02
+
+    for wrong, words in ((fails, "no compiler"), (differs, "not close")):
+        monkeypatch.setattr(fused_gpu, "adamw_entries_", wrong)
+        fused_gpu._works.cache_clear()
+        with pytest.warns(UserWarning, match=f"(?s)takes longer: .*{words}"):
+            assert not fused_gpu._works(torch.device(DEVICE), dtype, moment)
+        assert not fused_gpu._works(torch.device(DEVICE), dtype, moment)
+    fused_gpu._works.cache_clear()
+
+
+COMPILED = """
+import itertools, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from llm.fused_gpu import _kernel
+
+names = _kernel.arg_names
+whole = "start", "unit", "across", "along", "total", "seed", "other"
+for weight, moment, grad, rows, cautious in itertools.product(*[("fp32", "bf16")] * 3, *[(True, False)] * 2):
+    kinds = dict.fromkeys(names, "fp32") | dict.fromkeys(whole, "i32")
+    kinds |= {"weight": "*" + weight, "grad": "*" + grad, "exp_avg": "*" + moment, "exp_avg_sq": "*" + moment}
+    kinds |= {"where": "*i32" if rows else "*" + weight} | dict.fromkeys(("ROWS", "CAUTIOUS", "BLOCK"), "constexpr")
+    fixed = {(names.index(k),): v for k, v in (("ROWS", rows), ("CAUTIOUS", cautious), ("BLOCK", 1024))}
+    for capability in (80, 90):
+        made = triton.compile(ASTSource(_kernel, kinds, fixed), target=GPUTarget("cuda", capability, 32))
+        assert ".entry _kernel" in made.asm["ptx"]
+print("compiled")
+"""
+
+
+def test_it_compiles_for_gpus_that_are_not_here(tmp_path):
+    """For every type, in a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.split() == ["compiled"], done.stderr[-2000:]
