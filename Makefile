@@ -2,13 +2,13 @@
 # make demo-llm  the second alone: fine-tune a small language model for two minutes
 # make test    lint, types and every test (this is what CI runs)
 # make report  every table and picture of experiments/results on one page, report.html
-# make lint | bench | bench-svm | bench-qp | bench-llm | docs | test-slow | clean
+# make lint | bench | bench-svm | bench-qp | bench-llm | docs | test-slow | test-kernel | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-svm demo-llm test test-slow lint bench bench-svm bench-qp bench-llm report docs clean
+.PHONY: demo demo-svm demo-llm test test-slow test-kernel lint bench bench-svm bench-qp bench-llm report docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,11 @@ test: lint docs
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+# the kernel of a GPU in Triton's interpreter, which stays outside of the environment: PyTorch takes other ways beside it
+test-kernel: $(VENV)/.dev
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/triton triton
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/test_llm_fused_gpu.py
 
 # pages of what no longer exists would be warnings, and those are errors
 docs: $(VENV)/.dev

@@ -5,9 +5,10 @@ SmolLM2-135M takes steps on a batch of GSM8K (and on eight copies of it); Llama-
 gradient checkpointing, on a sequence of 512 random tokens (and on eight). The first steps are not timed. A step is the
 whole of it: forward, backward, update, and the copy of the loss to the host, between two synchronisations. Switches,
 which are made every few steps here, are timed apart, and a step is given with the share of a switch that it has in the
-method's own period. BAdam goes once through all of its layers, three steps in each; its step is a mean over them.
-Float32 products are TF32. AdamW is timed once more at the end: what differs from its first time is noise. Memory is
-what PyTorch had allocated at most, in the first step (where BlockLLM chooses) or in the others.
+method's own period: the median of those before the switch, of which there are more, and beside it of those after. BAdam
+goes once through all of its layers, three steps in each; its step is a mean over them. Float32 products are TF32. AdamW
+is timed once more at the end: what differs from its first time is noise. Memory is what PyTorch had allocated at most,
+in the first step (where BlockLLM chooses) or in the others.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from experiments.llm_batches import Batch, learnt_loss
 from experiments.llm_common import where
 from experiments.llm_finetune import ALL
 from experiments.llm_memory_runs import MODELS
-from experiments.llm_methods import Method, layers
+from experiments.llm_methods import TIMED, Method, layers
 from experiments.llm_training import moved, update
 from experiments.tables import markdown
 from llm import BlockLLM
@@ -207,13 +208,19 @@ def steps_table(results: Results, case: Case) -> str:
             [
                 name,
                 " and ".join(f"{1e3 * row['step']:.1f}" for row in mine),
+                f"{1e3 * statistics.median(mine[0]['all'][TIMED:]):.1f}" if _switches_once(mine[0]) else "-",
                 f"{1e3 * mine[0]['switch']:.1f}" if mine[0]["switch"] else "-",
                 f"{statistics.median(peer) / step:.2f}",
                 *(f"{max(row[kind] for row in mine) / 1e6:,.0f}" for kind in ("first", "allocated")),
             ]
         )
-    head = ["method", "ms a step", "a switch, more", "x AdamW", "peak MB, first step", "later"]
+    head = ["method", "ms a step", "after a switch", "the switch, more", "x AdamW", "peak MB, first step", "later"]
     return markdown(head, rows)
+
+
+def _switches_once(row: Results) -> bool:
+    """Whether there was one switch among the timed steps: afterwards slices of two ages are in a tensor."""
+    return bool(row["switch"]) and ALL[row["method"]].kind == "blockllm" and len(row["all"]) > TIMED
 
 
 def tables(results: Results) -> dict[str, str]:

@@ -3,7 +3,7 @@
 
 Every entry is read, updated and written once, where it is, with its moments in bfloat16 or float32. In PyTorch's
 operations it takes a gathered copy of everything, some forty launches for every million entries, and memory for these.
-The kernel is Triton's, which comes with PyTorch for CUDA. It is tried once for every type, against PyTorch's
+The kernel is Triton's, which comes with PyTorch for CUDA. It is tried once for every kind, against PyTorch's
 operations; where it cannot be compiled, or differs, a warning says so and those do the step, as without Triton.
 
 What is stored in bfloat16 is rounded stochastically, as :func:`llm.adam.stochastic_round` does, with noise from a hash
@@ -33,26 +33,28 @@ BLOCK = 1024  # entries of a program
 TYPES = (torch.float32, torch.bfloat16)
 
 
-def fits(weight: Tensor, moment: Tensor) -> bool:
+def fits(weight: Tensor, moment: Tensor, rows: bool, cautious: bool) -> bool:
     """Whether :func:`adamw_entries_` knows these types, and works on this device."""
     known = type(weight) is Tensor and weight.dtype in TYPES and moment.dtype in TYPES
-    return known and weight.is_cuda and _works(weight.device, weight.dtype, moment.dtype)
+    return known and weight.is_cuda and _works(weight.device, weight.dtype, moment.dtype, rows, cautious)
 
 
 @functools.cache
-def _works(device: torch.device, dtype: torch.dtype, moment: torch.dtype) -> bool:
+def _works(device: torch.device, dtype: torch.dtype, moment: torch.dtype, rows: bool, cautious: bool) -> bool:
     """Try a step, and look whether it is that of :func:`llm.adam.adamw_`."""
     if triton is None:
         return False
-    size, hyper = (2, BLOCK // 2 + 1), Hyper(0.01, 0.9, 0.999, 1e-8, 0.1)
-    weight, grad, mean, square = torch.linspace(0.1, 1.0, 4 * size[0] * size[1], device=device).view(4, *size)
-    found = weight.to(dtype), mean.to(moment), square.to(moment)
+    hyper, index = Hyper(0.01, 0.9, 0.999, 1e-8, 0.1, cautious), torch.arange(2, dtype=torch.int32, device=device)
+    numbers = torch.linspace(-1.0, 1.0, 8 * BLOCK + 8, dtype=torch.float32, device=device).view(4, 2, -1)
+    weight, grad, mean = numbers[0].to(dtype), numbers[1].to(dtype), (numbers[2] - 0.25).to(moment)
+    found = weight, mean, numbers[3].to(moment)
     expected = tuple(x.float().clone() for x in found)
     try:
-        adamw_entries_(found[0], torch.arange(2, device=device), grad, found[1], found[2], 2, hyper, 1.0, 0)
-        adamw_(expected[0], grad, expected[1], expected[2], 2, hyper)
+        flat = weight if rows else weight.view(-1)
+        adamw_entries_(flat, index if rows else 0, grad, mean, found[2], 2, hyper, 1.0, 0)
+        adamw_(expected[0], grad.float(), expected[1], expected[2], 2, hyper)
         for x, y in zip(found, expected, strict=True):
-            torch.testing.assert_close(x.float(), y, rtol=1e-5 if x.dtype == torch.float32 else 2**-7, atol=0)
+            torch.testing.assert_close(x.float(), y, rtol=1e-5 if x.dtype == torch.float32 else 2**-7, atol=1e-6)
     except Exception as error:  # of whatever kind a compiler, a driver or a linker raises
         text = f"Triton cannot update {dtype} with moments in {moment} on {device}, so that it takes longer: {error}"
         warnings.warn(text, stacklevel=2)
@@ -76,7 +78,7 @@ def adamw_entries_(
     Parameters
     ----------
     weight : Tensor of float32 or bfloat16, shape (m, n) or (m,)
-        A matrix in any layout (of the transpose of a matrix, rows are its columns), or a contiguous vector.
+        A matrix in any layout (of the transpose of a matrix, rows are its columns), or a vector.
     where : Tensor of int32 or int64, shape (k,), or int
         Distinct rows of a matrix, which is not looked at; or of a vector the first entry.
     grad : Tensor, shape (k, n), or of as many entries as are updated
@@ -87,7 +89,7 @@ def adamw_entries_(
     scale : float
         Multiplies the gradient.
     seed : int
-        Of the roundings.
+        Of the roundings, which are the same for the same seed.
 
     Raises
     ------
@@ -111,12 +113,13 @@ def adamw_entries_(
         hyper.eps,
         -hyper.lr / (1 - hyper.beta1**step),
     )
-    places = (where, 0, weight.shape[1], *weight.stride()) if rows else (weight, where, total, 0, 1)
+    places = (where.contiguous(), 0, weight.shape[1]) if rows else (weight, where, 1)  # type: ignore[union-attr]
+    strides = weight.stride() if rows else (0, weight.stride(0))
     flags = {"ROWS": rows, "CAUTIOUS": hyper.cautious, "BLOCK": BLOCK}
     grid = (-(-total // BLOCK),)
     with torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
         tensors = weight, grad.contiguous(), exp_avg, exp_avg_sq
-        _kernel[grid](*tensors, *places, total, *numbers, *_seeds(seed), **flags)
+        _kernel[grid](*tensors, *places, *strides, total, *numbers, *_seeds(seed), **flags)
 
 
 def _seeds(seed: int) -> tuple[int, int]:
@@ -172,7 +175,7 @@ if triton is not None:
             row = tl.load(where + place // unit, mask=inside, other=0).to(tl.int64)
             at = row * across + (place % unit) * along
         else:
-            at = place + start
+            at = (place + start) * along
         g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * scale
         m = tl.load(exp_avg + place, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(exp_avg_sq + place, mask=inside, other=0.0).to(tl.float32)

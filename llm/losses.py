@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,9 @@ TOGETHER = {"cpu": 2**21}  # entries of logits that are gone through at a time: 
 ELSEWHERE = 2**25  # on other devices: few kernels
 APART = {"cpu": 2**23}  # the same where they are made at a time: the weight of the head is read for every piece
 
-_used: WeakSet[nn.Module] = WeakSet()  # heads whose model goes on with their logits
+BOOST = 2**10  # of gradients in float16, whose small numbers are few
+
+_returned: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # heads: whether their model returns what they give
 
 
 def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -45,6 +47,8 @@ def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         or (examples, classes). If its ``get_output_embeddings()`` is a module that reads (examples, tokens, width),
         as in the causal language models of transformers, this module is given the learnt tokens only, as
         (1, learnt tokens, width). Its last operation must not need its own output for its gradient (a softmax does).
+        A plain linear layer that is not trained, or one without gradients, is given one token, where the model returns
+        what it gives as it is: to find that out the model is called once with the first example, in evaluation mode.
     batch : mapping
         Arguments of the model, and ``labels``, int64: (examples, tokens), -100 where a token is not learnt; or
         (examples,) or (examples, 1) for classes.
@@ -52,7 +56,8 @@ def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Returns
     -------
     Tensor
-        Shape (examples,), float32 (float64 for a model of that type). Can be differentiated once, and once only.
+        Shape (examples,), float32 (float64 for a model of that type). Can be differentiated once; a second backward
+        pass is possible only where the head is not trained.
         What some models add to their own loss, such as the balance of experts, is not in it.
 
     Raises
@@ -60,7 +65,7 @@ def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     ValueError
         If there are not as many logits as labels.
     RuntimeError
-        In the backward pass: if it is the second one, or was asked for a graph of its own.
+        In the backward pass: if it is the second one and the head is trained, or was asked for a graph of its own.
 
     Examples
     --------
@@ -76,11 +81,12 @@ def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     unknown = isinstance(labels, FakeTensor) or labels.is_meta or labels.dim() == 1
     learnt = None if unknown else (targets.flatten() != IGNORED).nonzero()[:, 0]
-    with _only(learnt, labels.shape, model) as read:
+    with _only(learnt, labels.shape, model, inputs) as read:
         logits = model(**inputs).logits
-    if read.apart and not read.gave(logits):  # once for a model: what it does with its logits has to be differentiated
-        _used.add(read.head)  # type: ignore[arg-type]
-        with _only(learnt, labels.shape, model) as read:
+    if read.apart and not read.gave(logits):  # what the model does with its logits has to be differentiated
+        _returned[read.head] = False
+        del logits, read
+        with _only(learnt, labels.shape, model, inputs) as read:
             logits = model(**inputs).logits
     if logits.dim() == 2:
         return _plain(logits, labels.flatten())
@@ -93,8 +99,8 @@ def losses_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return _plain(logits, targets).sum(1)
     place = learnt.to(logits.device)
     wanted = targets.flatten()[learnt].to(logits.device)
-    if read.apart:
-        every = _HeadLoss.apply(read.hidden.to(logits.dtype), read.head.weight, read.head.bias, wanted)  # type: ignore
+    if read.apart and read.hidden is not None:
+        every = _HeadLoss.apply(read.hidden.to(logits.dtype), read.weight, read.bias, wanted)
     else:
         logits = logits.flatten(0, 1)
         logits = logits if read.hidden is not None else logits.index_select(0, place)
@@ -123,35 +129,42 @@ class _Read:
         Whether it saw the first learnt token only, and the logits of all are to be made from ``hidden``.
     hidden : Tensor or None
         Of the learnt tokens; None if the head was given what it is given otherwise.
+    weight, bias, made : Tensor or None
+        With what, and what it made.
     """
 
-    head: nn.Module | None = None
+    head: Any = None
     apart: bool = False
     hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
     made: Tensor | None = None
     version: int = 0
 
     def gave(self, logits: Tensor) -> bool:
-        """Whether the model returns what the head has made, as it was made."""
-        return logits is self.made and logits._version == self.version
+        """Whether these are what the head has made, as it was made, with what it still holds."""
+        same = self.head.weight is self.weight and self.head.bias is self.bias
+        fits = self.weight is not None and self.weight.shape[:1] == logits.shape[-1:]
+        return same and fits and logits is self.made and logits._version == self.version
 
 
 @contextmanager
-def _only(learnt: Tensor | None, shape: Sequence[int], model: Any) -> Iterator[_Read]:
+def _only(learnt: Tensor | None, shape: Sequence[int], model: Any, inputs: Mapping[str, Any]) -> Iterator[_Read]:
     """In this block a model's head reads the learnt tokens only, if it reads every token by itself."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if learnt is None or not isinstance(head, nn.Module):
         yield _Read()
         return
-    read = _Read(head, _frozen(head) and head not in _used)
+    read = _Read(head, _frozen(head) and _returns(model, head, inputs, shape))
 
     def shorten(_: nn.Module, args: tuple[Any, ...]) -> Any:
         """The input of the head, cut down."""
         whole = len(args) == 1 and isinstance(args[0], Tensor) and args[0].shape[:-1] == shape
         if not whole or torch.compiler.is_compiling():
-            read.apart = False
+            read.apart = read.apart and read.hidden is not None  # if it has been cut before, that cannot be taken back
             return None
         read.hidden = args[0].flatten(0, 1).index_select(0, learnt.to(args[0].device))
+        read.weight, read.bias = getattr(head, "weight", None), getattr(head, "bias", None)
         return (read.hidden[None, :1] if read.apart else read.hidden[None],)
 
     def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -168,11 +181,42 @@ def _only(learnt: Tensor | None, shape: Sequence[int], model: Any) -> Iterator[_
             hook.remove()
 
 
+def _returns(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any], shape: Sequence[int]) -> bool:
+    """Whether a model returns what its head gives; found out once, on one token of the first example."""
+    if head in _returned:
+        return _returned[head]
+    first = {k: v[:1] if isinstance(v, Tensor) and v.shape[:1] == shape[:1] else v for k, v in inputs.items()}
+    read, modes = _Read(head), {module: module.training for module in model.modules()}
+
+    def shorten(_: nn.Module, args: tuple[Any, ...]) -> Any:
+        """The first token."""
+        return (args[0][:, :1], *args[1:])
+
+    def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """What the head makes."""
+        read.made, read.version, read.weight, read.bias = output, output._version, head.weight, head.bias  # type: ignore
+
+    hooks = head.register_forward_pre_hook(shorten), head.register_forward_hook(see)
+    model.eval()  # nothing is drawn, and nothing that is told of training steps counts this
+    try:
+        with torch.no_grad():
+            _returned[head] = read.gave(model(**first).logits)
+    except (RuntimeError, ValueError, IndexError):  # it wants logits of all tokens
+        _returned[head] = False
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return _returned[head]
+
+
 def _frozen(head: nn.Module) -> bool:
-    """Whether it is a plain linear layer that gets no gradient."""
+    """Whether it is a plain linear layer that gets no gradient, and nothing else looks at what it does."""
     plain = type(head).forward is nn.Linear.forward and not head._forward_hooks and not head._forward_pre_hooks
     own = head.__dict__.get("forward")  # that of an optimizer is the plain one where the weight is not trained
-    if not plain or not (own is None or isinstance(own, RowForward)):
+    looked_at = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    if not plain or looked_at or not (own is None or isinstance(own, RowForward)) or torch.is_inference_mode_enabled():
         return False
     held = [p for p in (head.weight, head.bias) if p is not None]
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in held)
@@ -201,6 +245,7 @@ class _HeadLoss(torch.autograd.Function):
             every[rows] = (total.log() + top - picked)[:, 0]
             if made is not None:
                 share.div_(total).scatter_add_(1, target, share.new_full(target.shape, -1))
+                share = share.mul_(BOOST) if low == torch.float16 else share
                 torch.mm(share.to(low), weight, out=made[rows])
         ctx.save_for_backward(made)
         return every
@@ -211,6 +256,7 @@ class _HeadLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # with create_graph=True
             raise RuntimeError("losses_of cannot be differentiated twice")
         (made,) = ctx.saved_tensors
+        grad = grad / BOOST if made.dtype == torch.float16 else grad
         return (made * grad[:, None]).to(made.dtype), None, None, None
 
 

@@ -157,7 +157,8 @@ class _Span(NamedTuple):
     @property
     def on_gpu(self) -> bool:
         """Whether one kernel updates it; small tensors that are active as a whole are quicker together."""
-        return self.entries.is_cuda and _kernel_fits(self.entries, self.cohort) and not self.waits
+        rows = isinstance(self.where, Tensor)
+        return not self.waits and _kernel_fits(self.entries, self.cohort, rows, self.hyper.cautious)
 
     @property
     def waits(self) -> bool:
@@ -239,15 +240,16 @@ def update_(
 def _spans_of(update: Update, entries: Tensor, states: str) -> Iterator[_Span]:
     """The spans of a parameter, with moments made that are not there yet."""
     part, dtype = update.part, working_dtype(entries.dtype)
-    gradient, chunk = _pieces_of(update.grad, part), CHUNK
+    gradient = _pieces_of(update.grad, part)
     lo = 0
     for cohort in update.cohorts:
         if "exp_avg" not in cohort:
             _begin(cohort, part.unit, states, dtype, entries)
             if update.precision == "fp32-active" and dtype != entries.dtype:
                 cohort["master"] = _taken(entries, part, lo, cohort["count"]).to(dtype)
-        if entries.is_cuda and not _makes_copies(update.grad, part) and _kernel_fits(entries, cohort):
-            chunk = entries.numel()
+        rows = part.columns or part.unit != entries.numel()
+        kernel = not _makes_copies(update.grad, part) and _kernel_fits(entries, cohort, rows, update.hyper.cautious)
+        chunk = max(1, entries.numel()) if kernel else CHUNK
         step = cohort["step"] + 1
         rate = update.hyper.lr * min(1.0, step / (cohort["ramp"] or 1))
         hyper, start = update.hyper._replace(lr=rate), lo * part.unit
@@ -273,9 +275,9 @@ def _makes_copies(grad: Gradient, part: Part) -> bool:
     return not isinstance(grad, CompactGrad) and not (isinstance(grad, Tensor) and part.unit == grad.numel())
 
 
-def _kernel_fits(entries: Tensor, cohort: Cohort) -> bool:
+def _kernel_fits(entries: Tensor, cohort: Cohort, rows: bool, cautious: bool) -> bool:
     """Whether there is a kernel for a cohort on a GPU."""
-    return "master" not in cohort and fused_gpu.fits(entries, cohort["exp_avg"])
+    return "master" not in cohort and fused_gpu.fits(entries, cohort["exp_avg"], rows, cautious)
 
 
 def _at(entries: Tensor, where: slice | Tensor, part: Part) -> Tensor:

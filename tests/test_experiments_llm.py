@@ -754,13 +754,16 @@ def test_steps_and_switches_are_timed_apart(kind, monkeypatch):
 
 
 def test_the_table_of_the_gpu_has_both_times_of_adamw():
-    own = {"model": "M", "dtype": "float32", "copies": 1, "switch": 0.0, "first": 3e6, "allocated": 2e6}
-    rows = [own | {"method": "AdamW", "step": 0.010}, own | {"method": "x", "step": 0.008, "switch": 0.001}]
+    own = {"model": "M", "dtype": "float32", "copies": 1, "switch": 0.0, "first": 3e6, "allocated": 2e6, "all": [1.0]}
+    later = {"step": 0.008, "switch": 0.001, "all": [9.0] * llm_gpu.TIMED + [0.020, 0.022]}
+    rows = [own | {"method": "AdamW", "step": 0.010}, own | later | {"method": "BlockLLM rows"}]
+    rows.append(own | later | {"method": "BAdam"})
     rows.append(own | {"method": "AdamW", "step": 0.014})
     results = {"steps": rows, "device": {"gpu": "a card", "cuda": "1", "torch": "2"}, "threads": "1"}
     found = llm_gpu.tables(results)
-    assert "| AdamW | 10.0 and 14.0 | - | 1.00 | 3 | 2 |" in found["M_float32_1"]
-    assert "| x | 8.0 | 1.0 | 1.50 | 3 | 2 |" in found["M_float32_1"]
+    assert "| AdamW | 10.0 and 14.0 | - | - | 1.00 | 3 | 2 |" in found["M_float32_1"]
+    assert "| BlockLLM rows | 8.0 | 21.0 | 1.0 | 1.50 | 3 | 2 |" in found["M_float32_1"]
+    assert "| BAdam | 8.0 | - | 1.0 | 1.50 | 3 | 2 |" in found["M_float32_1"]
     assert "a card" in found["runs"]
 
 

@@ -1,6 +1,6 @@
 """The kernel of a GPU against the operations of PyTorch: on a GPU, or in Triton's interpreter.
 
-Without a GPU: ``pip install triton`` and ``TRITON_INTERPRET=1 pytest tests/test_llm_fused_gpu.py``.
+Without a GPU: ``make test-kernel``.
 """
 
 import copy
@@ -110,9 +110,7 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(moments, "_step_on_gpu", counted)
     if not CUDA:
-        kinds = (*TYPES,)
-        fits = property(lambda s: "master" not in s.cohort and s.cohort["exp_avg"].dtype in kinds and not s.waits)
-        monkeypatch.setattr(moments._Span, "on_gpu", fits)
+        monkeypatch.setattr(fused_gpu, "fits", lambda weight, moment, *how: {weight.dtype, moment.dtype} <= {*TYPES})
         monkeypatch.setattr(moments._Span, "in_rows", property(lambda span: False))
     return calls
 
@@ -130,7 +128,7 @@ def test_a_run_is_that_of_the_operations(granularity, in_backward, cautious, int
         if not fused:
             assert interpreted
             interpreted.clear()
-            monkeypatch.setattr(moments._Span, "on_gpu", property(lambda span: False))
+            monkeypatch.setattr(fused_gpu, "fits", lambda *args: False)
         torch.manual_seed(0)
         model = net().to(DEVICE)
         optimizer = BlockLLM(model, 1e-2, weight_decay=0.1, budget=0.3, **options)
@@ -186,12 +184,58 @@ def test_a_resumed_run_goes_on_bit_for_bit(interpreted):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_all_of_one_age_is_updated_at_once(granularity, interpreted, monkeypatch):
+    """However large it is, unless the pieces of its gradient are copies."""
+    monkeypatch.setattr(moments, "SMALL", 8)
+    monkeypatch.setattr(moments, "CHUNK", 4)
+    model = net().to(DEVICE)
+    optimizer = BlockLLM(model, 1e-2, budget=0.3, granularity=granularity, switch_every=3)
+    data = [(x.to(DEVICE), y.to(DEVICE)) for x, y in batches(1)]
+    train(model, optimizer, data)
+    large = [n for n in optimizer.active().values() if n > 8]
+    spans = [args[0] for args in interpreted]
+    assert sorted(span.size for span in spans if span.size > 8) == sorted(large)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "consecutive"])
+def test_gradients_of_another_type(layout):
+    torch.manual_seed(0)
+    weight, where, active = like_the_weight(layout, torch.bfloat16, 48)
+    mean, square, grad = torch.zeros(4, 48, device=DEVICE), torch.zeros(4, 48, device=DEVICE), torch.randn(4, 48)
+    expected = [active.float().clone(), mean.clone(), square.clone()]
+    grad, hyper = grad.to(DEVICE), Hyper(1e-2, 0.9, 0.999, 1e-8, 0.1)
+    adamw_(expected[0], grad, *expected[1:], 1, hyper)
+    fused_gpu.adamw_entries_(weight, where, grad, mean, square, 1, hyper, 1.0, 77)
+    torch.testing.assert_close(mean, expected[1])
+    torch.testing.assert_close(square, expected[2])
+
+
+def test_vectors_with_gaps():
+    """Their neighbours in memory stay."""
+    base = torch.zeros(40, 2, device=DEVICE)
+    mean, square, grad = torch.zeros(30, device=DEVICE), torch.zeros(30, device=DEVICE), torch.ones(30, device=DEVICE)
+    hyper = Hyper(1e-2, 0.9, 0.999, 1e-8, 0.0)
+    fused_gpu.adamw_entries_(base[:, 0], 7, grad, mean, square, 1, hyper, 1.0, 0)
+    wanted = torch.zeros(40, 2, device=DEVICE)
+    wanted[7:37, 0] = -1e-2
+    torch.testing.assert_close(base, wanted)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("moment", TYPES)
-def test_it_is_tried_before_it_is_used(dtype, moment, monkeypatch):
+def test_it_is_tried_before_it_is_used(dtype, moment, rows, cautious, monkeypatch):
     """A kernel that fails, or computes something else, is not used, and that is told once."""
     fused_gpu._works.cache_clear()
-    assert fused_gpu._works(torch.device(DEVICE), dtype, moment)
+    how = torch.device(DEVICE), dtype, moment, rows, cautious
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert fused_gpu._works(*how)
+    finally:
+        torch.set_default_dtype(before)
     step = fused_gpu.adamw_entries_
 
     def fails(*args):
@@ -199,14 +243,14 @@ def test_it_is_tried_before_it_is_used(dtype, moment, monkeypatch):
 
     def differs(weight, *args):
         step(weight, *args)
-        weight[-1, -1] *= 1.02
+        weight[..., -1] *= 1.02
 
     for wrong, words in ((fails, "no compiler"), (differs, "not close")):
         monkeypatch.setattr(fused_gpu, "adamw_entries_", wrong)
         fused_gpu._works.cache_clear()
         with pytest.warns(UserWarning, match=f"(?s)takes longer: .*{words}"):
-            assert not fused_gpu._works(torch.device(DEVICE), dtype, moment)
-        assert not fused_gpu._works(torch.device(DEVICE), dtype, moment)
+            assert not fused_gpu._works(*how)
+        assert not fused_gpu._works(*how)
     fused_gpu._works.cache_clear()
 
 
@@ -221,8 +265,12 @@ whole = "start", "unit", "across", "along", "total", "seed", "other"
 for weight, moment, grad, rows, cautious in itertools.product(*[("fp32", "bf16")] * 3, *[(True, False)] * 2):
     kinds = dict.fromkeys(names, "fp32") | dict.fromkeys(whole, "i32")
     kinds |= {"weight": "*" + weight, "grad": "*" + grad, "exp_avg": "*" + moment, "exp_avg_sq": "*" + moment}
-    kinds |= {"where": "*i32" if rows else "*" + weight} | dict.fromkeys(("ROWS", "CAUTIOUS", "BLOCK"), "constexpr")
+    kinds |= {"where": ("*i64" if cautious else "*i32") if rows else "*" + weight}
+    kinds |= dict.fromkeys(("ROWS", "CAUTIOUS", "BLOCK"), "constexpr")
     fixed = {(names.index(k),): v for k, v in (("ROWS", rows), ("CAUTIOUS", cautious), ("BLOCK", 1024))}
+    if not rows or cautious:
+        del kinds["unit"]
+        kinds, fixed = {"unit": "constexpr"} | kinds, fixed | {(names.index("unit"),): 1}
     for capability in (80, 90):
         made = triton.compile(ASTSource(_kernel, kinds, fixed), target=GPUTarget("cuda", capability, 32))
         assert ".entry _kernel" in made.asm["ptx"]
