@@ -123,8 +123,9 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr:
     if not math.isfinite(value):
         return value
     loss.backward()
+    told = {"loss": value} if isinstance(optimizer, BlockLLM) else {}  # for patience: not all models return it
     try:
-        optimizer.step()
+        optimizer.step(**told)
     except ValueError as error:
         if "finite" not in str(error):
             raise
