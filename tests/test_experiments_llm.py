@@ -31,6 +31,7 @@ from experiments import (  # noqa: E402
     llm_finetune,
     llm_glue,
     llm_gpu,
+    llm_memory_named,
     llm_pretrain,
     llm_report,
     llm_small,
@@ -38,8 +39,9 @@ from experiments import (  # noqa: E402
     llm_training,
     llm_tuning,
 )
-from experiments.llm_batches import Batch, Task  # noqa: E402
+from experiments.llm_batches import Batch, Task, learnt_loss  # noqa: E402
 from experiments.llm_common import COST, MEMORY, START, TRAIN, Matrix, Runs, Unit, run_missing  # noqa: E402
+from experiments.llm_memory import BARS  # noqa: E402
 from experiments.llm_methods import BUILDERS, PACKAGES, Method, layers, low_rank_groups  # noqa: E402
 from experiments.llm_report import ACCURACY, LOSS, MATTHEWS, Entry, at_cpu, at_one_speed, interval, paired, summary  # noqa: E402
 from experiments.llm_training import (  # noqa: E402
@@ -771,6 +773,22 @@ def test_the_named_configuration_is_what_finetune_uses():
     expected = NAMED | {"budget": 0.05}
     for suite in (llm_finetune, llm_glue):
         assert suite.METHODS[llm_finetune.SHOWN[0]].options == expected
+
+
+def test_the_named_configuration_is_simulated_for_every_bar():
+    assert set(llm_memory_named.OURS) == set(BARS)
+    moment = {"bytes": 15.9e9, "run": 15.8e9, "first_steps": {"top": 15.9e9}}
+    found = llm_memory_named.tables({"ours": {"bf16 states, 5%": moment}})["bars"]
+    assert "| bf16 states, 5% | 15.900 | <= 16.0 | 15.800 | 15.900 |" in found
+
+
+def test_a_step_is_told_its_loss():
+    """Also where the model returns none, so that patience has something to go by."""
+    task = toy_task(1)
+    method = Method("blockllm", (1e-2,), {"budget": 0.3, "switch_every": None, "patience": 2, "granularity": "tensor"})
+    model, optimizer = method.build(task.model, 1e-2, 0)
+    loss = llm_training.update(model, optimizer, task.batches[0], 1e-2, learnt_loss)
+    assert optimizer.loss == pytest.approx(loss)
 
 
 def test_every_variant_of_the_ablation_is_one():
