@@ -359,7 +359,7 @@ def test_the_callback_is_called_before_every_step():
 def test_tolerance_zero_ends_by_itself(rule, name):
     """At the last digit V wavers around 1e-16 and will not become 0: the run must say so, and soon."""
     known = case(name)
-    result = bcd.minimize(known.problem, rule, tol=0, time_limit=60)
+    result = bcd.minimize(known.problem, rule, tol=0, time_limit=20)
     assert result.status in (bcd.Status.STAGNATED, bcd.Status.CONVERGED)
     # a burst takes up to 4e5 steps between two rebuilt gradients, each of which may round by 2e-16
     assert result.violation <= 1e-10
@@ -380,7 +380,7 @@ def test_a_minimum_of_zero_at_zero_ends_by_itself_with_tolerance_zero(rule, tiny
     Q, _ = random_qp(4, 6, 5.0)
     problem = bcd.Problem(bcd.Quadratic(Q), bcd.SumBox(total=0))
     x0 = tiny * np.random.default_rng(5).normal(size=6)
-    result = bcd.minimize(problem, rule, x0=x0, tol=0, time_limit=60)
+    result = bcd.minimize(problem, rule, x0=x0, tol=0, time_limit=20)
     assert result.status in (bcd.Status.STAGNATED, bcd.Status.CONVERGED)
     assert result.violation <= max(1e-12 * tiny, 1e-150)
 
