@@ -141,6 +141,10 @@ class _Read:
     made: Tensor | None = None
     version: int = 0
 
+    def see(self, head: Any, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook of the head."""
+        self.made, self.version, self.weight, self.bias = output, output._version, head.weight, head.bias
+
     def gave(self, logits: Tensor) -> bool:
         """Whether these are what the head has made, as it was made, with what it still holds."""
         same = self.head.weight is self.weight and self.head.bias is self.bias
@@ -164,16 +168,11 @@ def _only(learnt: Tensor | None, shape: Sequence[int], model: Any, inputs: Mappi
             read.apart = read.apart and read.hidden is not None  # if it has been cut before, that cannot be taken back
             return None
         read.hidden = args[0].flatten(0, 1).index_select(0, learnt.to(args[0].device))
-        read.weight, read.bias = getattr(head, "weight", None), getattr(head, "bias", None)
         return (read.hidden[None, :1] if read.apart else read.hidden[None],)
-
-    def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """What the head makes of it."""
-        read.made, read.version = output, output._version
 
     hooks = [head.register_forward_pre_hook(shorten)]
     if read.apart:
-        hooks.append(head.register_forward_hook(see))
+        hooks.append(head.register_forward_hook(read.see))
     try:
         yield read
     finally:
@@ -192,11 +191,7 @@ def _returns(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any], shape
         """The first token."""
         return (args[0][:, :1], *args[1:])
 
-    def see(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """What the head makes."""
-        read.made, read.version, read.weight, read.bias = output, output._version, head.weight, head.bias  # type: ignore
-
-    hooks = head.register_forward_pre_hook(shorten), head.register_forward_hook(see)
+    hooks = head.register_forward_pre_hook(shorten), head.register_forward_hook(read.see)
     model.eval()  # nothing is drawn, and nothing that is told of training steps counts this
     try:
         with torch.no_grad():
