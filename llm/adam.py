@@ -50,6 +50,12 @@ class Hyper(NamedTuple):
     weight_decay: float
     cautious: bool = False
 
+    def terms(self, step: int, scale: float) -> tuple[float, ...]:
+        """What step number ``step`` needs where it is compiled, with the gradient times ``scale``."""
+        root, rate = (1 - self.beta2**step) ** 0.5, -self.lr / (1 - self.beta1**step)
+        keep = 1 - self.lr * self.weight_decay
+        return scale, keep, 1 - self.beta1, self.beta2, 1 - self.beta2, root, self.eps, rate
+
 
 def adamw_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, hyper: Hyper) -> None:
     """Step number ``step`` (from 1) of AdamW; changes weight and both moments.

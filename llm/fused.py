@@ -73,20 +73,10 @@ def adamw_rows_(
     tensor([[1.0000],
             [0.9000]])
     """
-    terms = (
-        scale,
-        1 - hyper.lr * hyper.weight_decay,
-        1 - hyper.beta1,
-        hyper.beta2,
-        1 - hyper.beta2,
-        (1 - hyper.beta2**step) ** 0.5,
-        hyper.eps,
-        -hyper.lr / (1 - hyper.beta1**step),
-    )
     if not (rows.numel() == len(grad) == len(exp_avg) == len(exp_avg_sq)):
         found = rows.numel(), len(grad), len(exp_avg), len(exp_avg_sq)
         raise ValueError(f"rows, gradient and moments must be equally many; found {found}")
-    numbers = tuple(map(np.float32, terms))
+    numbers = tuple(map(np.float32, hyper.terms(step, scale)))
     w, index, g = weight.numpy(), rows.numpy(), grad.numpy()
     if exp_avg.dtype == torch.bfloat16:
         m, v = (x.view(torch.int16).numpy().view(np.uint16) for x in (exp_avg, exp_avg_sq))

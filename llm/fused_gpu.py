@@ -103,23 +103,13 @@ def adamw_entries_(
         raise ValueError(f"active entries, gradient and moments must be equally many; found {found}")
     if not total:
         return
-    numbers = (
-        scale,
-        1 - hyper.lr * hyper.weight_decay,
-        1 - hyper.beta1,
-        hyper.beta2,
-        1 - hyper.beta2,
-        (1 - hyper.beta2**step) ** 0.5,
-        hyper.eps,
-        -hyper.lr / (1 - hyper.beta1**step),
-    )
     places = (where.contiguous(), 0, weight.shape[1]) if rows else (weight, where, 1)  # type: ignore[union-attr]
     strides = weight.stride() if rows else (0, weight.stride(0))
     flags = {"ROWS": rows, "CAUTIOUS": hyper.cautious, "BLOCK": BLOCK}
     grid = (-(-total // BLOCK),)
     with torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
         tensors = weight, grad.contiguous(), exp_avg, exp_avg_sq
-        _kernel[grid](*tensors, *places, *strides, total, *numbers, *_seeds(seed), **flags)
+        _kernel[grid](*tensors, *places, *strides, total, *hyper.terms(step, scale), *_seeds(seed), **flags)
 
 
 def _seeds(seed: int) -> tuple[int, int]:
