@@ -50,6 +50,18 @@ def train(model, optimizer, data, tell=False):
     return losses
 
 
+def train_on_itself(model, optimizer, x, steps=40):
+    """Losses of a language model that learns one batch of tokens."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(x, x)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def copies(model):
     return [p.detach().clone() for p in model.parameters()]
 

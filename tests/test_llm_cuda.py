@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from small_models import TinyLM, batches, net, tokens, train  # noqa: E402
+from small_models import TinyLM, batches, net, tokens, train, train_on_itself  # noqa: E402
 from torch import nn  # noqa: E402
 
 from llm import BlockLLM  # noqa: E402
@@ -69,13 +69,7 @@ def test_low_precision_weights_train(granularity, dtype, precision):
     model = TinyLM(layers=2, width=32, vocabulary=40, tied=True).to(CUDA, dtype)
     optimizer = BlockLLM(model, 3e-3, budget=0.3, granularity=granularity, precision=precision, switch_every=10)
     x = tokens(1, rows=4, length=8, vocabulary=40)[0].to(CUDA)
-    losses = []
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss = model(x, x)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_on_itself(model, optimizer, x)
     assert losses[-1] < 0.7 * losses[0]
 
 

@@ -16,7 +16,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no CUDA device, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from small_models import TinyLM, batches, net, tokens, train  # noqa: E402
+from small_models import TinyLM, batches, net, tokens, train, train_on_itself  # noqa: E402
 
 from llm import BlockLLM, fused_gpu, moments  # noqa: E402
 from llm.adam import Hyper, adamw_  # noqa: E402
@@ -147,13 +147,7 @@ def test_bfloat16_trains(granularity, states, interpreted):
     model = TinyLM(layers=2, width=32, vocabulary=40, tied=True).to(DEVICE, torch.bfloat16)
     optimizer = BlockLLM(model, 3e-3, budget=0.3, granularity=granularity, states=states, switch_every=10)
     x = tokens(1, rows=4, length=8, vocabulary=40)[0].to(DEVICE)
-    losses = []
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss = model(x, x)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_on_itself(model, optimizer, x)
     assert losses[-1] < 0.7 * losses[0]
     assert len(interpreted) >= 40
 
