@@ -46,6 +46,7 @@ from bcd.updates import LineSearch, PairStep, UnboundedError, Update, resolve_up
 __all__ = ["Progress", "minimize"]
 
 BURST_WORK = 2e7  # coordinates visited in one burst of compiled steps, about 20 ms: Ctrl-C waits no longer
+STEP_WORK = 100  # what a step costs besides, in coordinates
 MOST_REJECTED = 200  # doublings of the constant without one accepted step
 STALLS = 3  # looks in a row without progress before the run is called stagnated
 
@@ -257,7 +258,7 @@ class _Watch:
 
     def burst_length(self, work: float) -> int:
         """How many compiled steps of ``work`` coordinates each may be taken before the next look."""
-        most = int(min(max(1.0, BURST_WORK / work), self.max_iter - self.steps))
+        most = int(min(max(1.0, BURST_WORK / (STEP_WORK + work)), self.max_iter - self.steps))
         if self.trace is None and self.callback is None and self.tol_gap is None:
             return most
         return min(most, 1 + self.steps // 32)
