@@ -47,6 +47,7 @@ METHODS = {
 }
 EXTRAS = {
     "BlockLLM neurons": Method("blockllm", OURS_GRID, NEURONS),
+    "BlockLLM neurons, frozen table, 20%": Method("blockllm", OURS_GRID, NAMED | {"budget": 0.20}),
     "APOLLO r8": Method("apollo", FULL_GRID, {"rank": 8, "scale": 1.0, "update_proj_gap": 200}),
     "HFT": Method("blockllm", FULL_GRID, {"rule": "half", "granularity": "tensor", "budget": 0.5, "switch_every": 50}),
     "MISA": Method(

@@ -118,7 +118,7 @@ class Method:
 
 
 OWN = ("self", "params", "lr", "model", "seed", "weight_decay")  # set here, or by the unit
-UNNAMED = (*OWN, "cautious")  # at their defaults; the last came when there were results that do not name it
+UNNAMED = (*OWN, "cautious", "process_group")  # at their defaults; results before the last two do not name them
 
 
 # -- peers --------------------------------------------------------------------------------------

@@ -88,7 +88,10 @@ def git_commit() -> str | None:
     try:
         commit, changed = (
             subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", *folders])
+            for command in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "--", *folders, ":(exclude)results"],
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return None

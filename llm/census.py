@@ -139,6 +139,11 @@ class Census:
         if not more:
             self._seen.add(position)
 
+    def replace(self, position: int, sums: Tensor) -> None:
+        """Put other sums in the place of this window's."""
+        self.sums[position], self.age[position] = sums, 0
+        self._seen.add(position)
+
     def seen(self, position: int) -> bool:
         """Whether a gradient of this window has been scored."""
         return position in self._seen

@@ -113,6 +113,11 @@ def finetune(
         from llm import finetune as runs
 
         console = _console(as_json)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "finetune runs in one process; start it without torchrun, or write the loop yourself with "
+                'BlockLLM(model, process_group="world")'
+            )
         if resume is not None:
             _check_alone(ctx)
             summary = runs.resume(resume, interrupts=interrupts, time_limit=time_limit, console=console)

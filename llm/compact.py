@@ -143,7 +143,8 @@ class CompactGrad(torch.Tensor):
             return first
         raise NotImplementedError(
             f"{func} is not defined for a gradient that is stored for the active slices only; use .grad.active "
-            "(their gradient), .grad.dense() (with zeros elsewhere), or max_grad_norm= of the optimizer for clipping"
+            "(their gradient), .grad.dense() (with zeros elsewhere), or max_grad_norm= of the optimizer for clipping; "
+            'in place of DistributedDataParallel, the bare model and process_group="world" of the optimizer'
         )
 
 

@@ -207,11 +207,14 @@ class BlockLLMFactory:
         Raises
         ------
         ValueError
-            If Trainer's clipping or accumulation cannot be honoured (:func:`check_arguments`), or an option is wrong.
+            If Trainer's clipping or accumulation cannot be honoured (:func:`check_arguments`), if it runs in several
+            processes, or if an option is wrong.
         """
         early = _early(**options)
         if args is not None:
             check_arguments(args, early)
+            if options.get("rule") != "full":
+                _check_one_process(args)
             betas = (args.adam_beta1, args.adam_beta2)
             common = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
             options = {**common, "weight_decay": args.weight_decay, **options}
@@ -269,6 +272,16 @@ def check_arguments(args: Any, early: str) -> None:
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} of the TrainingArguments cannot be "
             f"honoured: {early} changes weights in every backward pass. Set it to 1, and raise "
             "per_device_train_batch_size instead"
+        )
+
+
+def _check_one_process(args: Any) -> None:
+    """Trainer wraps models in DistributedDataParallel, which sends a gradient of every parameter."""
+    if args.world_size > 1:
+        raise ValueError(
+            f"Trainer runs in {args.world_size} processes and would wrap the model in DistributedDataParallel, which "
+            "needs a gradient of every parameter. Run it in one, write the loop yourself with the bare model and "
+            'BlockLLM(model, process_group="world"), or use rule="full"'
         )
 
 

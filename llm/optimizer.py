@@ -33,6 +33,7 @@ from llm.compact import CompactGrad, Part, add_rows, index_dtype, pick_largest, 
 from llm.gradients import hear_losses, narrow, norm_of, not_finite_message, stored, update_inactive, watch
 from llm.moments import CHUNK, Gradient, Update, bytes_per_entry, regroup, shelve, update_, working_dtype
 from llm.patience import LossWatch
+from llm.replicas import refuse_wrapped, replicas_of
 from llm.row_gradients import RowGradients, Rows
 from llm.saving import check_names, check_settings, on_device, pack, unpack
 from llm.settings import Settings
@@ -116,6 +117,11 @@ class BlockLLM(torch.optim.Optimizer):
         higher: 1.7 to 3 times as high in our fine-tuning).
     seed : int
         Of the rules that draw and of stochastic rounding; torch's generators are never touched.
+    process_group : "world" or ProcessGroup, optional
+        Of several processes that hold the same model, bare, and see different batches: ``step`` averages what is
+        active over them (:mod:`llm.replicas`), and ``patience`` goes by the mean of their losses. All start from the
+        first one's weights. The first step chooses and updates nothing. Not with ``in_backward``, ``inactive``,
+        single entries, or GradScaler.
 
     Raises
     ------
@@ -168,6 +174,7 @@ class BlockLLM(torch.optim.Optimizer):
         ramp: int = 10,
         cautious: bool = False,
         seed: int = 0,
+        process_group: Any = None,
     ) -> None:
         options = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
         self.settings = Settings(**options).checked()
@@ -178,6 +185,10 @@ class BlockLLM(torch.optim.Optimizer):
         names = [name for group in self.param_groups for name in group["param_names"]]
         self._chooser = make_chooser(self.settings, names, self._params(), model)
         self.blocks = self._chooser.blocks
+        self._replicas = replicas_of(process_group, self.settings, self._params())
+        if self._replicas is not None:
+            buffers = model.buffers() if model is not None else ()
+            self._replicas.begin(self.settings, names, [*self._params(), *buffers])
         self._start(model)
 
     # -- construction ------------------------------------------------------------------------------
@@ -243,6 +254,7 @@ class BlockLLM(torch.optim.Optimizer):
         if self._watched != [id(p) for p in params]:
             for handle in self._hooks:
                 handle.remove()
+            refuse_wrapped(self._model() if self._model is not None else None, params, self.settings)
             self._hooks, self._watched = watch(self, params), [id(p) for p in params]
             self._cover(params)
         if self._row_gradients is not None:
@@ -259,7 +271,8 @@ class BlockLLM(torch.optim.Optimizer):
             self._row_gradients.remove()
             self._row_gradients = None
         model = self._model() if self._model is not None else None
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        among = torch.distributed.is_available() and torch.distributed.is_initialized()
+        alone = self._replicas is not None or not among
         if model is not None and alone and self.blocks.fine and self.settings.inactive == "freeze":
             norms = not self.settings.in_backward  # a norm's weight would change before the rest of its backward
             columns = {k for k, found in enumerate(self.blocks.columns) if found}
@@ -310,6 +323,9 @@ class BlockLLM(torch.optim.Optimizer):
             if self.parts is None:
                 self._hold()
                 return
+        part = self.parts[position] if self.parts is not None else None
+        if self._replicas is not None and part is not None and part.index is None:
+            return  # which entries are active is known once the gradient is averaged
         part = self._part_of(position, grad)
         early = part is not None and self.settings.in_backward
         kept = None if part is None or early else restrict(grad, part)
@@ -484,17 +500,35 @@ class BlockLLM(torch.optim.Optimizer):
         loss = result if loss is None else loss
         if loss is not None:
             self.observe(loss)
-        if self._is_rehearsal():
+        idle = self._is_rehearsal()
+        if idle if self._replicas is None else self._replicas.all(idle):
             self.losses.discard()
             return result
         seen = self.losses.close()
         first = self.parts is None
         if first:
             self._score_late_gradients()
+        if self._replicas is not None:
+            seen = self._agree(seen)
+        if first:
             self._switch()
         self._update_all()
         self._end_window(seen, first)
         return result
+
+    def _agree(self, loss: float | None) -> float | None:
+        """Several processes: make the loss, scores and gradients of this window the same in all of them."""
+        if self.settings.patience is not None and loss is not None:
+            loss = self.losses.last = self._replicas.mean(loss)  # type: ignore[union-attr]
+        if self.census_on:
+            self._replicas.merge(self.census)  # type: ignore[union-attr]
+        if self.parts is None:  # what each held is what was best in its own batch
+            for p in self._params():
+                p.grad = None
+        else:
+            active = [(self.param(k), part) for k, part in enumerate(self.parts) if part is not None]
+            self._replicas.average(active)  # type: ignore[union-attr]
+        return loss
 
     def observe(self, loss: Any) -> None:
         """Tell the loss of this step before :meth:`step`, once or for every accumulated batch.
@@ -739,6 +773,11 @@ class BlockLLM(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by GradScaler, which divides gradients before ``step``: too late for updates during the backward."""
+        if self._replicas is not None:
+            raise ValueError(
+                "GradScaler skips a step by the gradients of one process, process_group averages them later; train in "
+                "bfloat16 or float32"
+            )
         if self.settings.in_backward or self.settings.inactive != "freeze":
             setting = "in_backward=True" if self.settings.in_backward else f"inactive={self.settings.inactive!r}"
             raise ValueError(f"{setting} uses gradients before GradScaler unscales them; drop it, or train in bfloat16")

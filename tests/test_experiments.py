@@ -2,6 +2,8 @@
 import bz2
 import io
 import json
+import re
+import subprocess
 import urllib.request
 from types import SimpleNamespace
 
@@ -271,3 +273,23 @@ def test_every_step_meets_its_guarantee():
     for row in paper_rates.rates(1)[:2]:
         assert row["gs1"]["worst"] >= row["gs1"]["predicted"]
         assert row["random"]["mean"] >= row["random"]["predicted"]
+
+
+def test_a_commit_is_marked_where_code_differs_from_it_but_not_where_results_do(monkeypatch, tmp_path):
+    def git(*words):
+        name = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    folders = [tmp_path / name for name in ("bcd", "llm", "experiments", "experiments/results")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "file").write_text("1")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    monkeypatch.setattr(record, "FOLDER", tmp_path / "experiments")
+    assert re.fullmatch("[0-9a-f]{12}", record.git_commit())
+    (folders[3] / "file").write_text("2")
+    assert "+" not in record.git_commit()
+    (folders[1] / "file").write_text("2")
+    assert record.git_commit().endswith("+")

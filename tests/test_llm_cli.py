@@ -106,6 +106,13 @@ def test_no_memory_says_what_helps(folder, tmp_path, monkeypatch):
     assert done.stderr.startswith("bcd-llm: memory does not suffice; lower --batch-size")
 
 
+def test_under_torchrun_finetune_says_that_it_is_for_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = call("finetune", "--model", "m", "--data", "d", "--out", "o")
+    assert done.exit_code == 2
+    assert "finetune runs in one process; start it without torchrun" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -644,3 +644,12 @@ def test_the_packaged_model():
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
     assert tokenizer.chat_template
+
+
+def test_several_processes_of_trainer_are_refused(monkeypatch, tmp_path):
+    """It would wrap the model in DistributedDataParallel."""
+    args = arguments(tmp_path)
+    monkeypatch.setattr(type(args), "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"Trainer runs in 2 processes and would wrap .* process_group"):
+        hf.BlockLLMFactory()(llama(), args=args, budget=0.2)
+    assert hf.BlockLLMFactory()(llama(), args=args, rule="full").settings.rule == "full"
