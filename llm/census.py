@@ -71,6 +71,7 @@ class Census:
         self.turns: set[int] = set()
         self.turn = 0
         self._seen: set[int] = set()
+        self._keep()
 
     def begin(self, idle: list[int], probe: bool) -> None:
         """Start anew.
@@ -89,9 +90,15 @@ class Census:
         turns = order[: -(-len(order) // PROBED)] if probe else order
         self.turn = turns[-1] + 1 if turns else self.turn
         self.turns, self._seen = set(turns), set()
+        self._keep()
+
+    def _keep(self) -> None:
+        self._before = dict(self.sums), dict(self.counts), dict(self.age)
 
     def restart(self) -> None:
-        """Forget which gradients came, because they were thrown away."""
+        """Forget the gradients of this census, because they were thrown away."""
+        sums, counts, age = self._before
+        self.sums, self.counts, self.age = dict(sums), dict(counts), dict(age)
         self._seen = set()
 
     def add(
@@ -257,6 +264,7 @@ class Census:
         self.sums, self.age = dict(state["sums"]), dict(state["age"])
         self.turns, self.turn = set(state["turns"]), state["turn"]
         self.counts, self._seen = {}, set()
+        self._keep()
 
 
 def _on_host(vectors: dict[int, Tensor]) -> dict[int, Tensor]:

@@ -33,7 +33,7 @@ from llm.compact import CompactGrad, Part, add_rows, index_dtype, pick_largest, 
 from llm.gradients import hear_losses, narrow, norm_of, not_finite_message, stored, update_inactive, watch
 from llm.moments import CHUNK, Gradient, Update, bytes_per_entry, regroup, shelve, update_, working_dtype
 from llm.patience import LossWatch
-from llm.replicas import refuse_wrapped, replicas_of
+from llm.replicas import made_of, numbers_of, refuse_wrapped, replicas_of
 from llm.row_gradients import RowGradients, Rows
 from llm.saving import check_names, check_settings, on_device, pack, unpack
 from llm.settings import Settings
@@ -117,11 +117,12 @@ class BlockLLM(torch.optim.Optimizer):
         higher: 1.7 to 3 times as high in our fine-tuning).
     seed : int
         Of the rules that draw and of stochastic rounding; torch's generators are never touched.
-    process_group : "world" or ProcessGroup, optional
+    process_group : "world", "alone" or ProcessGroup, optional
         Of several processes that hold the same model, bare, and see different batches: ``step`` averages what is
         active over them (:mod:`llm.replicas`), and ``patience`` goes by the mean of their losses. All start from the
         first one's weights. The first step chooses and updates nothing. Not with ``in_backward``, ``inactive``,
-        single entries, or GradScaler.
+        single entries, or GradScaler. "alone": each process trains a model of its own. Must be given where
+        torch.distributed runs several processes, but for ``rule="full"``.
 
     Raises
     ------
@@ -183,12 +184,15 @@ class BlockLLM(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._where = [(g, k) for g, group in enumerate(self.param_groups) for k in range(len(group["params"]))]
         names = [name for group in self.param_groups for name in group["param_names"]]
+        self._group = process_group
+        refuse_wrapped(model, self._params(), self.settings, process_group)
         self._chooser = make_chooser(self.settings, names, self._params(), model)
         self.blocks = self._chooser.blocks
         self._replicas = replicas_of(process_group, self.settings, self._params())
         if self._replicas is not None:
-            buffers = model.buffers() if model is not None else ()
-            self._replicas.begin(self.settings, names, [*self._params(), *buffers])
+            others = [] if model is None else [*model.parameters(), *model.buffers()]
+            tensors = {id(tensor): tensor for tensor in (*self._params(), *others)}
+            self._replicas.begin(made_of(self.settings, self.param_groups), tensors.values())
         self._start(model)
 
     # -- construction ------------------------------------------------------------------------------
@@ -254,7 +258,6 @@ class BlockLLM(torch.optim.Optimizer):
         if self._watched != [id(p) for p in params]:
             for handle in self._hooks:
                 handle.remove()
-            refuse_wrapped(self._model() if self._model is not None else None, params, self.settings)
             self._hooks, self._watched = watch(self, params), [id(p) for p in params]
             self._cover(params)
         if self._row_gradients is not None:
@@ -271,9 +274,7 @@ class BlockLLM(torch.optim.Optimizer):
             self._row_gradients.remove()
             self._row_gradients = None
         model = self._model() if self._model is not None else None
-        among = torch.distributed.is_available() and torch.distributed.is_initialized()
-        alone = self._replicas is not None or not among
-        if model is not None and alone and self.blocks.fine and self.settings.inactive == "freeze":
+        if model is not None and self.blocks.fine and self.settings.inactive == "freeze":
             norms = not self.settings.in_backward  # a norm's weight would change before the rest of its backward
             columns = {k for k, found in enumerate(self.blocks.columns) if found}
             self._row_gradients = RowGradients(self, model, params, norms, columns)
@@ -500,26 +501,43 @@ class BlockLLM(torch.optim.Optimizer):
         loss = result if loss is None else loss
         if loss is not None:
             self.observe(loss)
-        idle = self._is_rehearsal()
-        if idle if self._replicas is None else self._replicas.all(idle):
-            self.losses.discard()
+        refuse_wrapped(self._model() if self._model is not None else None, self._params(), self.settings, self._group)
+        idle, seen = self._told()
+        if idle:
             return result
-        seen = self.losses.close()
         first = self.parts is None
         if first:
             self._score_late_gradients()
         if self._replicas is not None:
-            seen = self._agree(seen)
+            self._exchange()
         if first:
             self._switch()
         self._update_all()
         self._end_window(seen, first)
         return result
 
-    def _agree(self, loss: float | None) -> float | None:
-        """Several processes: make the loss, scores and gradients of this window the same in all of them."""
-        if self.settings.patience is not None and loss is not None:
-            loss = self.losses.last = self._replicas.mean(loss)  # type: ignore[union-attr]
+    def _told(self) -> tuple[bool, float | None]:
+        """Whether there is nothing to do, and the loss of the window; in several processes, of all together."""
+        idle, loss, wrong = self._is_rehearsal(), None, None
+        try:
+            loss = None if idle else self.losses.close()
+        except ValueError as error:
+            wrong = error
+        if self._replicas is not None:
+            entries = self.history[-1]["entries"] if self.history else []
+            rates = [numbers_of(group) for group in self.param_groups]
+            state = f"step {self.steps}, {self.since} since a switch, groups {rates}, active {sum(entries)}"
+            counted = f"{state}, {self.census_on} {len(self.history)} {entries}"
+            idle, loss = self._replicas.agree(idle, loss, wrong is not None, state, counted)
+            self.losses.last = loss if loss is not None else self.losses.last
+        if wrong is not None:
+            raise wrong
+        if idle:
+            self.losses.discard()
+        return idle, loss
+
+    def _exchange(self) -> None:
+        """Several processes: make the scores and gradients of this window the same in all of them."""
         if self.census_on:
             self._replicas.merge(self.census)  # type: ignore[union-attr]
         if self.parts is None:  # what each held is what was best in its own batch
@@ -528,7 +546,6 @@ class BlockLLM(torch.optim.Optimizer):
         else:
             active = [(self.param(k), part) for k, part in enumerate(self.parts) if part is not None]
             self._replicas.average(active)  # type: ignore[union-attr]
-        return loss
 
     def observe(self, loss: Any) -> None:
         """Tell the loss of this step before :meth:`step`, once or for every accumulated batch.
@@ -729,7 +746,8 @@ class BlockLLM(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; they are set to None whatever ``set_to_none`` says, since most are not stored."""
         super().zero_grad(set_to_none=True)
-        self.census.restart()
+        if self.census_on:
+            self.census.restart()
         self._by_rows.clear()
         self._updated.clear()
 
