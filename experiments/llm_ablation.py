@@ -122,8 +122,8 @@ def matrix() -> Matrix:
 
 
 def quick_matrix() -> Matrix:
-    """The centre and one change for a few steps."""
-    data = DATA[:1]
+    """The centre and one change for a few steps of the small model."""
+    data = DATA[-1:]
     names = (CENTRE, name_of(CHANGES[0]))
     seeds, steps = {data[0]: (SEED,)}, {data[0]: QUICK_STEPS}
     return replace(matrix(), data=data, methods=names, seeds=seeds, steps=steps)
