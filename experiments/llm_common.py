@@ -357,10 +357,10 @@ def _expected(matrix: Matrix, unit: Unit) -> float:
 
 
 def collect(matrix: Matrix, quick: bool) -> Runs:
-    """The raw results after running what is missing and there is time for; quick: all of it, in a file of its own."""
+    """The raw results after running what is missing and there is time for; quick: training, in a file of its own."""
     runs = scratch_runs(matrix.name) if quick else Runs(raw_file(matrix.name))
     with sigterm_as_exit():
-        run_missing(matrix, runs, *(() if quick else from_environment()))
+        run_missing(matrix, runs, *((None, (TRAIN,)) if quick else from_environment()))
     return runs
 
 
