@@ -27,10 +27,9 @@ from llm.compact import CompactGrad, Part
 from llm.gradients import stored
 from llm.settings import Settings
 
-__all__ = ["Replicas", "made_of", "numbers_of", "processes", "refuse_wrapped", "replicas_of"]
+__all__ = ["Replicas", "made_of", "numbers_of", "refuse_wrapped", "replicas_of"]
 
 BUCKET = 1 << 23  # entries sent together
-ALONE = "alone"
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,11 @@ class Replicas:
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, made, group=self.group)
         for rank, other in enumerate(every):
-            name = next((key for key in made if other.get(key) != every[0].get(key)), None)
+            name = next((key for key in {**every[0], **other} if other.get(key) != every[0].get(key)), None)
             if name is not None:
                 raise ValueError(
-                    f"all processes of process_group must make the same optimizer; found {name} = {other[name]} in "
-                    f"process {rank}, {every[0][name]} in process 0"
+                    f"all processes of process_group must make the same optimizer; found {name} = {other.get(name)} in "
+                    f"process {rank}, {every[0].get(name)} in process 0"
                 )
         first = dist.get_global_rank(self.group, 0)
         with torch.no_grad():
@@ -186,7 +185,7 @@ def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def processes() -> int:
+def _running() -> int:
     """How many processes torch.distributed runs here."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -199,7 +198,7 @@ def replicas_of(process_group: Any, settings: Settings, params: Sequence[Tensor]
     ValueError
         If there is no such group, or if a setting does not go with several processes.
     """
-    if process_group is None or process_group == ALONE:
+    if process_group is None or process_group == "alone":
         return None
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
@@ -215,15 +214,15 @@ def replicas_of(process_group: Any, settings: Settings, params: Sequence[Tensor]
     size = dist.get_world_size(group)
     if size == 1:
         return None
-    for name, value, found in (
-        ("in_backward", True, settings.in_backward),
-        ("granularity", "entries", settings.granularity),
-        ("inactive", settings.inactive, settings.inactive if settings.inactive != "freeze" else None),
+    for name, early in (
+        ("in_backward", settings.in_backward),
+        ("granularity", settings.granularity == "entries"),
+        ("inactive", settings.inactive != "freeze"),
     ):
-        if value == found:
+        if early:
             raise ValueError(
-                f"{name}={value!r} uses the gradient of a process before it can be averaged over those of "
-                "process_group; drop one of them"
+                f"{name}={getattr(settings, name)!r} uses the gradient of a process before it can be averaged over "
+                "those of process_group; drop one of them"
             )
     return Replicas(group, size, params[0].device)
 
@@ -281,8 +280,8 @@ def refuse_wrapped(model: nn.Module | None, params: Sequence[Tensor], settings: 
             "BlockLLM averages the gradients of its active entries itself; found DistributedDataParallel, which sends "
             'a gradient of every parameter. Pass the bare model and process_group="world", or use rule="full"'
         )
-    if told is None and processes() > 1:
+    if told is None and _running() > 1:
         raise ValueError(
-            f'process_group is missing, and {processes()} processes run: pass "world" if they train one model (bare, '
+            f'process_group is missing, and {_running()} processes run: pass "world" if they train one model (bare, '
             'not in DistributedDataParallel, which goes with rule="full" alone), or "alone" if each trains its own'
         )

@@ -276,6 +276,9 @@ def refusals(rank):
     ):
         with pytest.raises(ValueError, match=words):
             call()
+    groups = [{"params": [pair]} for pair in net().named_parameters()]
+    with pytest.raises(ValueError, match="found numbers of group 3 = None in process 1"):
+        BlockLLM(groups[: 3 if rank else 4], budget=200, process_group="world")
     if rank:
         with pytest.raises(ValueError, match="a ProcessGroup that this process belongs to"):
             BlockLLM(net(), process_group=part)
