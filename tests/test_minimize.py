@@ -385,6 +385,15 @@ def test_a_minimum_of_zero_at_zero_ends_by_itself_with_tolerance_zero(rule, tiny
     assert result.violation <= max(1e-12 * tiny, 1e-150)
 
 
+def test_bursts_of_few_variables_are_short():
+    """A step of six variables costs more than six coordinates: a limit or Ctrl-C waits for one burst at most."""
+    Q, _ = random_qp(4, 6, 5.0)
+    x0 = 1e-300 * np.random.default_rng(5).normal(size=6)
+    result = bcd.minimize(bcd.Problem(bcd.Quadratic(Q), bcd.SumBox(total=0)), "gss", x0=x0, tol=0)
+    assert result.status is bcd.Status.STAGNATED
+    assert result.iterations < 2e6  # some bursts; one alone was longer when coordinates were all that counted
+
+
 def test_stagnation_is_not_declared_while_progress_is_made():
     """Ill-conditioned and slow, but each look is lower than the last: the tolerance is reached."""
     Q, c = random_qp(6, 30, 1e6)
