@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from experiments.llm_memory import BARS, LOW, worst
+from experiments.llm_memory import BARS, LOW, TINY, worst
 from experiments.llm_methods import NAMED
 from experiments.tables import markdown
 from llm.plan import PLACES
@@ -25,8 +25,8 @@ OURS: dict[str, dict[str, Any]] = {  # by the name of its bar
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """All four, until Ctrl-C (quick: two of a small model, at two places)."""
-    model, places = ("Llama 60M", PLACES[:2]) if quick else ("Llama-2-7B", PLACES)
+    """All four, until Ctrl-C (quick: two of a tiny model, at two places)."""
+    model, places = (TINY, PLACES[:2]) if quick else ("Llama-2-7B", PLACES)
     found: dict[str, Any] = {}
     with contextlib.suppress(KeyboardInterrupt):  # what there is by then is kept
         for name, options in list(OURS.items())[: 2 if quick else None]:

@@ -51,6 +51,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
     },
+    "Llama 6M": {  # of quick runs
+        "vocab_size": 8000,
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
 }
 
 
