@@ -211,6 +211,8 @@ class Server:
             return greedy_call(formed, eps, cap)
         from qpsolvers.solvers import solve_function
 
+        if self.solver not in solve_function:  # qpsolvers knows what can be imported
+            raise ModuleNotFoundError(f"{self.solver} is not installed")
         settings = options(self.solver, form, eps, cap)
         if form.endswith("box"):
             return proxqp_box_call(formed, settings)
