@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
-from experiments.llm_methods import CAUTIOUS, FEW, NAMED, NEURONS, ROWS, Method
+from experiments.llm_methods import CAUTIOUS, FEW, NAMED, NEURONS, ROWS, SIGNS, Method
 from experiments.llm_report import LOSS, draw, summary
 from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
@@ -62,6 +62,7 @@ EXTRAS = {
         CAUTIOUS | {"embeddings": "never", "budget": 0.15, "states": "8bit"},
     ),
     "BlockLLM neurons": Method("blockllm", OURS_GRID, NEURONS),
+    "BlockLLM neurons, frozen table, sign": Method("blockllm", OURS_GRID, SIGNS),
     "BlockLLM neurons, frozen table, every 24": Method("blockllm", OURS_GRID, NAMED | {"switch_every": 24}),
     "Rows by norms": Method("blockllm", OURS_GRID, BY_NORMS),
     "Rows by root mean squares": Method("blockllm", OURS_GRID, BY_NORMS | {"per_parameter": True}),

@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments import llm_report, llm_tasks
 from experiments.llm_common import Matrix, Unit, collect
-from experiments.llm_methods import CAUTIOUS, FEW, NAMED, NEURONS, ROWS, Method
+from experiments.llm_methods import CAUTIOUS, FEW, NAMED, NEURONS, ROWS, SIGNS, Method
 from experiments.llm_report import ACCURACY, MATTHEWS, draw, summary
 from experiments.llm_training import carry_out, matrix_of, quick_of
 from experiments.tables import markdown
@@ -48,6 +48,7 @@ METHODS = {
 EXTRAS = {
     "BlockLLM neurons": Method("blockllm", OURS_GRID, NEURONS),
     "BlockLLM neurons, frozen table, 20%": Method("blockllm", OURS_GRID, NAMED | {"budget": 0.20}),
+    "BlockLLM neurons, frozen table, sign": Method("blockllm", OURS_GRID, SIGNS),
     "APOLLO r8": Method("apollo", FULL_GRID, {"rank": 8, "scale": 1.0, "update_proj_gap": 200}),
     "HFT": Method("blockllm", FULL_GRID, {"rule": "half", "granularity": "tensor", "budget": 0.5, "switch_every": 50}),
     "MISA": Method(

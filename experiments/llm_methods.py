@@ -35,6 +35,7 @@ ROWS = {
 CAUTIOUS = ROWS | {"cautious": True}  # "BlockLLM rows, cautious"
 NEURONS = CAUTIOUS | {"granularity": "neurons"}  # "BlockLLM neurons"
 NAMED = NEURONS | {"embeddings": "never"}  # "BlockLLM neurons, frozen table": the named configuration
+SIGNS = NAMED | {"inactive": "sign"}  # "BlockLLM neurons, frozen table, sign": of the rest
 FEW = CAUTIOUS | {"embeddings": "never", "reach": 2.0}  # "BlockLLM rows of few tensors"
 
 
