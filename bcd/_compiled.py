@@ -15,8 +15,8 @@ gradient on the feasible directions.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from bcd._jit import njit
 from bcd._vector import LANES, TINY, scan_gain, scan_moved
 
 FIRST_PREFIX = 8  # coordinates of an end sorted at first; four times more whenever they run out

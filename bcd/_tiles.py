@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from bcd._jit import njit
 
 PANEL = 64  # columns whose sums a sparse row keeps in registers at once
 _BYTES = 64  # one AVX-512 register; LLVM splits it on other CPUs

@@ -60,8 +60,7 @@ def demo(
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     with _errors():
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out}: must be a folder, or a name that is free")
+        _check_folder(out)
         code = run_demo(out, console)
     raise typer.Exit(code)
 
@@ -86,44 +85,56 @@ def solve(
             "upper (n,) or scalars, total (scalar or lo, hi), groups (n,) with total (m,) or (m, 2), x0 (n,)."
         ),
     ],
-    rule: Annotated[str, typer.Option(help="Selection rule; see `bcd rules`.")] = "gs1",
-    update: Annotated[
-        str | None, typer.Option(help="pair, pair-l2, model, line-search, backtracking or block.")
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Selection rule of bcd.minimize, see `bcd rules`. Default: none, bcd.solve_qp is quicker."),
     ] = None,
-    tol: Annotated[float, typer.Option(help="Violation to reach, in units of the gradient.")] = 1e-6,
+    update: Annotated[
+        str | None, typer.Option(help="With a rule: pair, pair-l2, model, line-search, backtracking or block.")
+    ] = None,
+    tol: Annotated[
+        float,
+        typer.Option(help="Violation to reach, in units of the gradient; without a rule of its largest entry if > 1."),
+    ] = 1e-6,
     tol_gap: Annotated[float | None, typer.Option(help="Besides, the proven bound on f - f* to reach.")] = None,
     max_iter: Annotated[int | None, typer.Option(help="Steps at most.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds at most.")] = None,
     seed: Annotated[int, typer.Option(help="Of the rules that draw.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result, x included, as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write x, the multipliers and the certificate to this npz.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture of violation and gap to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="With a rule: write a picture of violation and gap to this file.")
+    ] = None,
 ) -> None:
     """Minimise 1/2 x'Qx + c'x subject to sum(x) = total and lower <= x <= upper."""
     with _errors():
         problem, x0 = load_problem(file)
         _check_targets(out, plot, sources=(file,))
         _check_picture(plot)
+        limits: dict[str, Any] = {"tol": tol, "tol_gap": tol_gap, "max_iter": max_iter, "time_limit": time_limit}
         with _progress() as callback, np.errstate(over="ignore", invalid="ignore"):  # the status says what overflowed
-            result = bcd.minimize(
-                problem,
-                rule,
-                update,
-                x0,
-                tol=tol,
-                tol_gap=tol_gap,
-                max_iter=max_iter,
-                time_limit=time_limit,
-                callback=callback,
-                random_state=seed,
-                trace=plot is not None,
-            )
+            if rule is None:
+                for name, value in (("--update", update), ("--plot", plot)):
+                    if value is not None:
+                        raise ValueError(f"{name} needs a rule, such as --rule gs1; without one bcd.solve_qp works")
+                result = _solve_qp(problem, x0=x0, callback=callback, **limits)
+            else:
+                run: dict[str, Any] = {"callback": callback, "random_state": seed, "trace": plot is not None}
+                result = bcd.minimize(problem, rule, update, x0, **limits, **run)
         if out is not None:
             save_result(out, result)
         if plot is not None:
             result.plot(plot)
     print(json.dumps(_json_safe(result.as_dict())) if as_json else result)
     raise typer.Exit(EXIT.get(result.status, STOPPED_EARLY))
+
+
+def _solve_qp(problem: bcd.Problem, **options: Any) -> bcd.Result:
+    """bcd.solve_qp on a problem with a quadratic."""
+    f: Any = problem.objective
+    box = problem.constraint
+    sums = {"total": box.total, "groups": box.groups}
+    return bcd.solve_qp(f.hessian, f.c, lower=box.lower, upper=box.upper, **sums, **options)
 
 
 def load_problem(file: Path) -> tuple[bcd.Problem, np.ndarray | None]:
@@ -203,6 +214,18 @@ def _check_targets(*targets: Path | None, sources: tuple[Path, ...] = ()) -> Non
             raise ValueError(f"{target}: must be a file in a folder that exists")
         if not os.access(target if target.exists() else folder, os.W_OK):
             raise ValueError(f"{target}: must be a file that can be written; there is no permission")
+
+
+def _check_folder(folder: Path) -> None:
+    """Make a folder for results, before the work, or say why that cannot be."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: must be a folder, or a name that is free")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}: must be a folder that can be written; there is no permission")
 
 
 def _check_picture(target: Path | None) -> None:

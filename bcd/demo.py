@@ -87,6 +87,8 @@ def solve_with_machine(problem: bcd.Problem, name: str, machine: Any, X: np.ndar
     machine.fit(X, y)
     start = time.perf_counter()
     machine.fit(X, y)
+    if getattr(machine, "status_", None) is bcd.Status.INTERRUPTED:
+        raise KeyboardInterrupt
     seconds = time.perf_counter() - start
     beta = np.zeros(len(y))
     beta[machine.support_] = machine.dual_coef_[0]
@@ -98,21 +100,28 @@ def solve_with_machine(problem: bcd.Problem, name: str, machine: Any, X: np.ndar
     )
 
 
+def whole(result: bcd.Result) -> bcd.Result:
+    """A result, unless Ctrl-C cut it short: then the demo ends as well."""
+    if result.status is bcd.Status.INTERRUPTED:
+        raise KeyboardInterrupt
+    return result
+
+
 def solve_with_rule(problem: bcd.Problem, rule: str, time_limit: float) -> Row:
     """One run without a trace, for the time."""
-    r = bcd.minimize(problem, rule, tol=TOL, time_limit=time_limit)
+    r = whole(bcd.minimize(problem, rule, tol=TOL, time_limit=time_limit))
     title = bcd.RULES[rule].title
     return Row(title, r.iterations, r.columns, r.seconds, r.objective, r.violation, r.gap, r.status.ok)
 
 
 def run_demo(out: Path, console: Console, time_limit: float = 10.0) -> int:
-    """Solve, print the table, write ``out/index.html``; returns 0 if every rule met the tolerance."""
+    """Solve, print the table, write index.html into the folder ``out``; returns 0 if every rule met the tolerance."""
     console.print("Digits of scikit-learn, even against odd: the dual of an RBF SVM.")
     problem, K, y, X = digits_dual()
     with console.status("compiling the loops (once on this machine, half a minute or so)"):
         small = bcd.Problem(bcd.Quadratic(np.eye(4)), bcd.SumBox(0, 1, 1))
         for rule in RULES_SHOWN:
-            bcd.minimize(small, rule, x0=[1.0, 0.0, 0.0, 0.0], max_iter=3)
+            whole(bcd.minimize(small, rule, x0=[1.0, 0.0, 0.0, 0.0], max_iter=3))
     console.print(f"n = {problem.n}, C = {C}, gamma = {GAMMA}, every solver to violation {TOL:g}.\n")
     rows, traces = [], {}
     with console.status("solving") as status:
@@ -121,7 +130,7 @@ def run_demo(out: Path, console: Console, time_limit: float = 10.0) -> int:
         for rule in RULES_SHOWN:
             status.update(f"solving with {rule}")
             rows.append(solve_with_rule(problem, rule, time_limit))
-            traced = bcd.minimize(problem, rule, tol=TOL, time_limit=time_limit, trace=True)
+            traced = whole(bcd.minimize(problem, rule, tol=TOL, time_limit=time_limit, trace=True))
             if traced.trace is not None:
                 traces[bcd.RULES[rule].title] = traced.trace
     console.print(_table(rows))
@@ -131,7 +140,6 @@ def run_demo(out: Path, console: Console, time_limit: float = 10.0) -> int:
         "LIBSVM and SVC: objective, violation and gap are recomputed from their coefficients by bcd.certify;\n"
         "kernel included: from the features; the others begin with the kernel matrix.\n"
     )
-    out.mkdir(parents=True, exist_ok=True)
     page = out / "index.html"
     page.write_text(_page(problem.n, rows, _pictures(out, traces)), encoding="utf-8")
     console.print(f"Pictures: {page}")

@@ -594,7 +594,9 @@ def read_data(
     except (ValueError, OverflowError) as error:
         _explain(path, precomputed)
         raise ValueError(f"{os.fspath(path)}: {error}") from error
-    except (EOFError, zlib.error) as error:
+    except (EOFError, OSError, zlib.error) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the system's own errors name the file
         raise ValueError(f"{os.fspath(path)}: the compressed file is broken ({error})") from error
     if not len(y):
         raise ValueError(f"{os.fspath(path)}: found no data; needs lines like '1 1:0.5 3:2'")

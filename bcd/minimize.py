@@ -129,23 +129,24 @@ def minimize(
     >>> bcd.minimize(problem, tol=1e-10).x.round(6)
     array([4., 2., 1.])
     """
+    if not isinstance(problem, Problem):
+        raise ValueError(f"problem must be a bcd.Problem; found {type(problem).__name__}")
     rule = resolve_rule(rule)
     update = resolve_update(update, rule, problem)
     _check_limits(tol, tol_gap, max_iter, time_limit, callback)
-    moves = Moves(problem.feasible, problem.feasible.project(_start_point(problem, x0)))
-    at = Point(problem, moves)
-    state = rule.init(moves, _seed(random_state))
-    burst = _burst(rule, update, problem)
-    if problem.objective.hessian is not None and isinstance(rule, GS1 | GS1Block | GSq):
-        _ = at.lipschitz  # a property of the problem, computed once: before the clock starts, as is compilation
-    moves.violation(at.grad)
-    if burst is not None:
-        burst(at, moves, state, _Watch(at, moves, np.inf, None, 0, None, None, False))
-    watch = _Watch(at, moves, tol, tol_gap, max_iter, time_limit, callback, trace)
-    # a rule without a state depends on the point alone; one with a state may have to go through all pairs
-    watch.window = max(1000, 10 * len(moves.x) if state is None else len(moves.x) ** 2)
-
-    with interrupts() as interrupted:
+    with interrupts() as interrupted:  # compilation included
+        moves = Moves(problem.feasible, problem.feasible.project(_start_point(problem, x0)))
+        at = Point(problem, moves)
+        state = rule.init(moves, _seed(random_state))
+        burst = _burst(rule, update, problem)
+        if problem.objective.hessian is not None and isinstance(rule, GS1 | GS1Block | GSq):
+            _ = at.lipschitz  # a property of the problem, computed once: before the clock starts, as is compilation
+        moves.violation(at.grad)
+        if burst is not None:
+            burst(at, moves, state, _Watch(at, moves, np.inf, None, 0, None, None, False))
+        watch = _Watch(at, moves, tol, tol_gap, max_iter, time_limit, callback, trace)
+        # a rule without a state depends on the point alone; one with a state may have to go through all pairs
+        watch.window = max(1000, 10 * len(moves.x) if state is None else len(moves.x) ** 2)
         while (status := watch.verdict(interrupted)) is None:
             try:
                 if burst is not None:

@@ -139,7 +139,7 @@ def predict(
             raise ValueError("-b 1 is not supported; calibrate in Python with CalibratedClassifierCV (docs/svm.md)")
         cli._check_targets(out, sources=(data, model_file))
         if not model_file.is_file():
-            raise ValueError(f"{model_file}: no such file")
+            raise ValueError(f"{model_file}: {'is a folder; needs a file' if model_file.is_dir() else 'no such file'}")
         model = libsvm.read_model(model_file)
         X, y = libsvm.read_data(data, n_features=model.vectors.shape[1], precomputed=model.kernel == "precomputed")
         X = X[:, 1:] if model.kernel == "precomputed" else X
@@ -188,7 +188,7 @@ def path(
             raise ValueError(f"a path needs an svm type with C (c_svc, epsilon_svr, nu_svr); got {svm_type}")
         X, y = _load(data, machine, float32)
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
+            cli._check_folder(out)
         rows, ended = _follow(machine, X, y, Cs, folds, seed, time_limit)
         report = {
             "data": data.name, "svm_type": libsvm._svm_type(machine), "kernel": machine.kernel, "tol": tol,

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_solve_factors_groups_and_ranges(saved):
 
 def test_solve_writes_result_and_picture(saved, tmp_path):
     path, out, plot = saved(Q=np.eye(3), total=3.0, x0=[3.0, 0, 0]), tmp_path / "x.npz", tmp_path / "run.png"
-    done = run.invoke(cli.app, ["solve", path, "--out", str(out), "--plot", str(plot)])
+    done = run.invoke(cli.app, ["solve", path, "--rule", "gs1", "--out", str(out), "--plot", str(plot)])
     assert done.exit_code == 0
     with np.load(out, allow_pickle=False) as result:
         np.testing.assert_allclose(result["x"], 1, atol=1e-6)
@@ -76,10 +77,47 @@ def test_json_has_no_infinity(saved):
     assert np.dot(answer["ray"], [1, 2, 3]) < 0
 
 
-def test_limits_return_three(saved):
-    done = run.invoke(cli.app, ["solve", saved(Q=np.diag([1.0, 2, 4]), total=7.0, lower=0.0), "--max-iter", "1"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, why in ((tmp_path / "file", "must be a folder"), (tmp_path / "file" / "b", "cannot be made")):
+        done = run.invoke(cli.app, ["demo", "--out", str(out)])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert f"{out}: {why}" in done.stderr
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2"])
+def test_broken_compressed_data_are_named(tmp_path, ending):
+    data = tmp_path / f"data.{ending}"
+    data.write_text("1 1:2\n")
+    done = run.invoke(cli.app, ["svm", "train", str(data)])
+    assert done.exit_code == 2
+    assert f"{data}: the compressed file is broken" in done.stderr
+
+
+@pytest.mark.parametrize("rule", [["--rule", "gs1"], []])
+def test_limits_return_three(saved, rule):
+    x = np.linspace(0, 1, 50)
+    path = saved(Q=np.exp(-((x[:, None] - x) ** 2) / 0.01), c=np.sin(9 * x), lower=0.0, total=1.0)
+    done = run.invoke(cli.app, ["solve", path, *rule, "--max-iter", "1"])
     assert done.exit_code == 3
     assert "max_iter" in done.output
+
+
+def test_without_a_rule_solve_qp_works(saved):
+    n = 300
+    x = np.linspace(0, 1, n)
+    Q = np.exp(-((x[:, None] - x) ** 2) / 0.01) + 1e-6 * np.eye(n)
+    path = saved(Q=Q, c=np.sin(9 * x), lower=0.0, total=1.0)
+    told = ["solve", path, "--tol", "1e-9", "--max-iter", "1000"]
+    assert run.invoke(cli.app, told).exit_code == 0
+    assert run.invoke(cli.app, [*told, "--rule", "gs1"]).exit_code == 3
+
+
+def test_ctrl_c_ends_the_demo_and_not_one_of_its_rules():
+    result = bcd.minimize(bcd.Problem(bcd.Quadratic(np.eye(3)), bcd.SumBox(total=1.0)))
+    assert demo.whole(result) is result
+    with pytest.raises(KeyboardInterrupt):
+        demo.whole(replace(result, status=bcd.Status.INTERRUPTED))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +165,10 @@ def test_a_truncated_archive_is_named(saved, tmp_path):
     ("options", "message"),
     [
         (["--rule", "newton"], "rule must be one of"),
-        (["--tol", "-1"], "tol must be a non-negative number"),
+        (["--rule", "gs1", "--tol", "-1"], "tol must be a non-negative number"),
+        (["--tol", "-1"], "tol must be at least 0"),
+        (["--plot", "p.png"], "--plot needs a rule, such as --rule gs1"),
+        (["--update", "model"], "--update needs a rule"),
         (["--out", "missing-folder/x.npz"], "must be a file in a folder that exists"),
     ],
 )
@@ -167,6 +208,7 @@ def test_the_installed_command_runs():
 
 def test_demo_solves_by_every_rule_and_writes_its_page(tmp_path):
     text = io.StringIO()
+    (tmp_path / "demo").mkdir()
     assert demo.run_demo(tmp_path / "demo", Console(file=text, width=140)) == 0
     page = (tmp_path / "demo" / "index.html").read_text(encoding="utf-8")
     for rule in demo.RULES_SHOWN:
