@@ -1,6 +1,6 @@
 # make demo    install and run the main jobs, with pictures, in demo/index.html and demo/llm.html
 # make demo-llm  the second alone: fine-tune a small language model for two minutes
-# make test    lint, types and every test (this is what CI runs)
+# make test    lint, types, docs and the tests, but for the slow ones (this is what CI runs)
 # make report  every table and picture of experiments/results on one page, report.html
 # make lint | bench | bench-svm | bench-qp | bench-llm | docs | test-slow | test-kernel | clean
 PYTHON ?= python3

@@ -4,18 +4,18 @@
 In ``b_i = y_i alpha_i`` the labels vanish from the Hessian, and every machine is one and the same problem
 (docs/theory.md; K is the kernel matrix, C_i = C times the weights of row i, w_i these weights alone):
 
-==========  ==================================================  ==================  ===========================
-estimator   minimise                                            bounds              sums
-==========  ==================================================  ==================  ===========================
-SVC         1/2 b'Kb - y'b                                      [0, C_i], y = +1    sum b = 0
-                                                                [-C_i, 0], y = -1
-NuSVC       1/2 b'Kb                                            [0, w_i], [-w_i, 0] +- nu sum(w)/2 in each class
-SVR         1/2 b'Kb - y'b + epsilon (sum p - sum m), b = p + m  p in [0, C_i]       sum b = 0
-                                                                m in [-C_i, 0]
-NuSVR       1/2 b'Kb - y'b, b = p + m                           as SVR              sum p = -sum m = nu sum(C)/2
-OneClassSVM 1/2 b'Kb                                            [0, w_i]            sum b = nu sum(w)
-SVDD        1/2 b'Kb - 1/2 diag(K)'b                            [0, C_i]            sum b = 1
-==========  ==================================================  ==================  ===========================
+===========  ===================================================  ===================  ============================
+estimator    minimise                                             bounds               sums
+===========  ===================================================  ===================  ============================
+SVC          1/2 b'Kb - y'b                                       [0, C_i], y = +1     sum b = 0
+                                                                  [-C_i, 0], y = -1
+NuSVC        1/2 b'Kb                                             [0, w_i], [-w_i, 0]  +- nu sum(w)/2 in each class
+SVR          1/2 b'Kb - y'b + epsilon (sum p - sum m), b = p + m  p in [0, C_i]        sum b = 0
+                                                                  m in [-C_i, 0]
+NuSVR        1/2 b'Kb - y'b, b = p + m                            as SVR               sum p = -sum m = nu sum(C)/2
+OneClassSVM  1/2 b'Kb                                             [0, w_i]             sum b = nu sum(w)
+SVDD         1/2 b'Kb - 1/2 diag(K)'b                             [0, C_i]             sum b = 1
+===========  ===================================================  ===================  ============================
 
 Attributes that every fitted machine has (one number; for three and more classes one a pair of classes):
 ``dual_objective_`` the minimised value above, LIBSVM's sign; ``primal_objective_ = duality_gap_ - dual_objective_``,
