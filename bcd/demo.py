@@ -118,7 +118,7 @@ def run_demo(out: Path, console: Console, time_limit: float = 10.0) -> int:
     """Solve, print the table, write index.html into the folder ``out``; returns 0 if every rule met the tolerance."""
     console.print("Digits of scikit-learn, even against odd: the dual of an RBF SVM.")
     problem, K, y, X = digits_dual()
-    with console.status("compiling the loops (once on this machine, half a minute or so)"):
+    with console.status("compiling the loops (the first time only, half a minute or so)"):
         small = bcd.Problem(bcd.Quadratic(np.eye(4)), bcd.SumBox(0, 1, 1))
         for rule in RULES_SHOWN:
             whole(bcd.minimize(small, rule, x0=[1.0, 0.0, 0.0, 0.0], max_iter=3))
