@@ -80,7 +80,7 @@ def test_compiled_functions_live_in_two_files_and_are_cached(path):
     found = [(node.name, decorator) for node in functions(path) for decorator in jitted(node)]
     if path.name not in ("_compiled.py", "_tiles.py"):
         assert found == []
-        assert "njit" not in path.read_text()
+        assert path.name == "_jit.py" or "njit" not in path.read_text()  # the compiler's settings are there
         return
     assert len(found) > 5
     for name, decorator in found:
