@@ -98,7 +98,7 @@ def _harness() -> Any:
         return importlib.import_module("lm_eval")
     except ImportError as missing:
         raise ImportError(
-            f"benchmarks need the package lm-eval: pip install 'blockdescent[lm-eval]' ({missing})"
+            f"benchmarks need the package lm-eval: in a checkout, pip install '.[lm-eval]' ({missing})"
         ) from missing
 
 

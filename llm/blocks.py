@@ -34,7 +34,16 @@ from torch import Tensor, nn
 
 from llm.compact import Part, index_dtype
 
-__all__ = ["GRANULARITIES", "WRITERS", "Blocks", "embeddings", "entries_of_budget", "matching", "named_groups"]
+__all__ = [
+    "GRANULARITIES",
+    "WRITERS",
+    "Blocks",
+    "bytes_of",
+    "embeddings",
+    "entries_of_budget",
+    "matching",
+    "named_groups",
+]
 
 GRANULARITIES = ("tensor", "layer", "rows", "neurons", "entries")
 WRITERS = (  # names of linear layers that write into the residual stream
@@ -154,19 +163,35 @@ def entries_of_budget(budget: Any, total: int, bytes_per_entry: float) -> int:
     >>> entries_of_budget(0.05, 1000, 8), entries_of_budget(70, 1000, 8), entries_of_budget("4kB", 1000, 8)
     (50, 70, 500)
     """
-    if isinstance(budget, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]I?)?B\s*", budget.upper())
-        entries = int(float(match[1]) * _BYTES[match[2] or ""] / bytes_per_entry) if match else 0
+    memory = bytes_of(budget) if isinstance(budget, str) else None
+    if memory is not None:
+        entries = int(memory / bytes_per_entry)
     elif isinstance(budget, float) and 0 < budget <= 1:
         entries = int(budget * total)
+    elif isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
+        entries = budget
     else:
-        entries = budget if isinstance(budget, int) and not isinstance(budget, bool) else 0
+        raise ValueError(
+            f"budget must be a share above 0 and at most 1 (0.05), a whole number of entries (100_000), or memory for "
+            f'moments, gradients and indices of the active entries ("500MB"); found {budget!r}'
+        )
     if entries < 1:
         raise ValueError(
-            f"budget must allow at least one entry; found {budget!r} for {total} parameters. A share: 0.05; "
-            'a count: 100_000; memory for moments, gradients and indices of the active entries: "500MB"'
+            f"budget must allow at least one entry; found {budget!r}, which is less than one of {total:,} parameters"
         )
     return min(entries, total)
+
+
+def bytes_of(amount: str) -> float | None:
+    """Bytes of an amount of memory; None where the text is none.
+
+    Examples
+    --------
+    >>> bytes_of("500MB"), bytes_of("1.5 GiB"), bytes_of("500")
+    (500000000.0, 1610612736.0, None)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]I?)?B\s*", amount.upper())
+    return float(match[1]) * _BYTES[match[2] or ""] if match else None
 
 
 @dataclass(frozen=True)

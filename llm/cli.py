@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,7 @@ Data = Annotated[str | None, typer.Option("--data", "-d", help=".txt, .jsonl, .j
 ModelName = Annotated[
     str | None, typer.Option("--model", "-m", help="smollm2, a folder, a .gguf file, or an id on the hub.")
 ]
-BatchSize = Annotated[int, typer.Option(help="Examples of a batch.")]
+BatchSize = Annotated[int, typer.Option(help="Examples of a batch.", min=1)]
 MaxLength = Annotated[
     int | None,
     typer.Option(help="Tokens of an example at most; default: 512, or the model's limit.", show_default=False),
@@ -275,7 +276,10 @@ def plan(
     memory: Annotated[str, typer.Option(help="Of the device, such as 24GB.")] = "24GB",
     budget: Budget = None,
     batch_size: BatchSize = 1,
-    max_length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 512,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a sequence; default: 512, or the model's limit.", min=1, show_default=False),
+    ] = None,
     checkpointing: Annotated[bool | None, typer.Option(help="With or without alone; default: both.")] = None,
     dtype: Dtype = None,
     options: Settings = None,
@@ -285,15 +289,23 @@ def plan(
     with _errors():
         from dataclasses import asdict
 
+        from llm.evaluate import fitting_length
         from llm.finetune import load_config
-        from llm.methods import NAMED
+        from llm.methods import NAMED, check_options
+        from llm.plan import memory_of
         from llm.plan import plan as predict
 
-        asked = NAMED | _options(options) | ({} if budget is None else {"budget": _budget(budget)})
+        more = _options(options)
+        check_options("blockllm", more)
+        memory_of(memory, "--memory")
+        asked = NAMED | more | ({} if budget is None else {"budget": _budget(budget)})
         ways = None if checkpointing is None else (checkpointing,)
-        with _console(as_json).status("simulating steps"):
+        console = Console(stderr=True, quiet=as_json, highlight=False)
+        with console.status(f"reading the configuration of {model}") as status:
+            tell = status.update if console.is_terminal else partial(console.print, soft_wrap=True)
             config = load_config(model, dtype)
-            found = predict(config, (batch_size, max_length), budget=memory, optimizer=asked, checkpointing=ways)
+            batch = (batch_size, fitting_length(config, max_length))
+            found = predict(config, batch, budget=memory, optimizer=asked, checkpointing=ways, tell=tell)
         print(json.dumps(asdict(found)) if as_json else found)
 
 
@@ -358,7 +370,10 @@ def delta_info(
     with _errors():
         from llm import delta
 
-        for found in delta.list_deltas(path) if path.is_dir() else [delta.delta_info(path)]:
+        every = delta.list_deltas(path) if path.is_dir() else [delta.delta_info(path)]
+        if not every:
+            typer.echo(f"bcd-llm: {path}: holds no delta", err=True)
+        for found in every:
             print(json.dumps(found.as_dict()) if as_json else found)
 
 

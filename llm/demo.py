@@ -28,7 +28,7 @@ from llm.finetune import load, progress
 from llm.interrupt import Interrupts
 from llm.peak import begin_peak, peak_memory
 from llm.recipe import Recipe
-from llm.run_folder import RunFolder
+from llm.run_folder import RunFolder, check_writable
 from llm.training import Training, log_evaluation, train
 
 BUDGET, LR, SWITCHES = 0.05, 1e-3, 4
@@ -40,6 +40,8 @@ FEWEST = 8  # steps, however slow the machine
 def run_demo(out: Path, console: Console, interrupts: Interrupts, seconds: float, model: str = "smollm2") -> int:
     """Train for so many seconds, print what came of it, write ``out/llm.html``; returns 0 if the loss fell, else 3."""
     folder = RunFolder(out / "llm")
+    for path in (out, folder.path):
+        check_writable(path)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.log_file.unlink(missing_ok=True)
     with console.status(f"loading {model}"):

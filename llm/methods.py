@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -30,8 +31,9 @@ from torch.optim import AdamW, Optimizer
 
 from llm.blocks import Blocks
 from llm.optimizer import BlockLLM
+from llm.settings import check_rates, is_number, is_whole
 
-__all__ = ["METHODS", "NAMED", "Method", "default_lr", "make", "plain"]
+__all__ = ["METHODS", "NAMED", "Method", "check_options", "default_lr", "make", "plain"]
 
 # What the comparisons call "BlockLLM neurons, frozen table", apart from defaults of the optimizer.
 NAMED: dict[str, Any] = {
@@ -104,11 +106,32 @@ def make(
     ImportError
         If ``lora`` is asked for and peft is missing.
     """
+    check_options(name, options)
+    return _method(name).build(Asked(model, lr, weight_decay, budget, steps, options))
+
+
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Check names of options.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`METHODS`.
+    options : iterable of str
+
+    Raises
+    ------
+    ValueError
+        If a method has no such option, or if that is an argument of :func:`make` with a flag of ``bcd-llm finetune``.
+    """
     method = _method(name)
     for option in options:
+        if option in _FLAGS:
+            raise ValueError(
+                f"{option} is an argument by itself (finetune: {_FLAGS[option]}), not one of the options (--set)"
+            )
         if option not in method.options:
             raise ValueError(f"method {name} has no option {option!r}; it has {', '.join(sorted(method.options))}")
-    return method.build(Asked(model, lr, weight_decay, budget, steps, options))
 
 
 def default_lr(name: str) -> float:
@@ -160,6 +183,7 @@ def _greedy(asked: Asked) -> tuple[nn.Module, Optimizer]:
 def _adamw(asked: Asked) -> tuple[nn.Module, Optimizer]:
     if asked.budget is not None:
         raise ValueError(f"method adamw trains everything and has no budget; found {asked.budget!r}")
+    check_rates(asked.options)
     trained = [(name, p) for name, p in asked.model.named_parameters() if p.is_floating_point()]
     return asked.model, AdamW(_groups(trained, asked.weight_decay), asked.lr, **asked.options)
 
@@ -171,17 +195,26 @@ def _lora(asked: Asked) -> tuple[nn.Module, Optimizer]:
         peft = importlib.import_module("peft")
     except ImportError as missing:
         raise ImportError("method lora needs the package peft: pip install peft") from missing
-    rank = asked.options.get("rank", 8)
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=asked.options.get("alpha", 2 * rank),
-        lora_dropout=asked.options.get("dropout", 0.0),
-        target_modules=asked.options.get("targets", "all-linear"),
-    )
-    model = peft.get_peft_model(asked.model, config)
+    model = peft.get_peft_model(asked.model, peft.LoraConfig(**_of_lora(asked.options)))
     adam = {name: value for name, value in asked.options.items() if name in _ADAMW}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return model, AdamW(_groups(trained, asked.weight_decay), asked.lr, **adam)
+
+
+def _of_lora(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the names of peft, checked."""
+    check_rates(options)
+    rank, dropout = options.get("rank", 8), options.get("dropout", 0.0)
+    if not (is_whole(rank) and rank >= 1):
+        raise ValueError(f"rank must be a whole number, at least 1; found {rank!r}")
+    alpha, targets = options.get("alpha", 2 * rank), options.get("targets", "all-linear")
+    if not (is_number(alpha) and 0 < alpha < math.inf):
+        raise ValueError(f"alpha must be a positive number; found {alpha!r}")
+    if not (is_number(dropout) and 0 <= dropout < 1):
+        raise ValueError(f"dropout must be a number, at least 0 and below 1; found {dropout!r}")
+    if not (isinstance(targets, Collection) and targets and all(isinstance(each, str) for each in targets)):
+        raise ValueError(f"targets must be names of linear layers; found {targets!r}")
+    return {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets}
 
 
 def _badam(asked: Asked) -> tuple[nn.Module, Optimizer]:
@@ -227,6 +260,14 @@ def _layers(model: nn.Module) -> tuple[list[int], list[str]]:
     return blocks.cost.tolist(), outside
 
 
+_FLAGS = {  # of bcd-llm finetune, for the arguments of make
+    "name": "--method",
+    "model": "--model",
+    "lr": "--lr",
+    "weight_decay": "--weight-decay",
+    "budget": "--budget",
+    "steps": "--steps",
+}
 _ADAMW = frozenset({"betas", "eps"})
 _BLOCK = frozenset(inspect.signature(BlockLLM).parameters) - {"params", "lr", "weight_decay", "model", "budget"}
 METHODS = {

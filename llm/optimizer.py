@@ -36,7 +36,7 @@ from llm.patience import LossWatch
 from llm.replicas import made_of, numbers_of, refuse_wrapped, replicas_of
 from llm.row_gradients import RowGradients, Rows
 from llm.saving import check_names, check_settings, on_device, pack, unpack
-from llm.settings import Settings
+from llm.settings import Settings, check_rates
 
 __all__ = ["BlockLLM"]
 
@@ -127,7 +127,8 @@ class BlockLLM(torch.optim.Optimizer):
     Raises
     ------
     ValueError
-        If a setting or a name is unknown, or if the budget is below the smallest block.
+        If a setting or a name is unknown, a number is out of range (also in a group), or the budget is below the
+        smallest block.
 
     Examples
     --------
@@ -179,9 +180,11 @@ class BlockLLM(torch.optim.Optimizer):
     ) -> None:
         options = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
         self.settings = Settings(**options).checked()
+        rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        check_rates(rates)
         model = params if isinstance(params, nn.Module) else model
         groups = named_groups(params, model)
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(groups, rates)
         self._where = [(g, k) for g, group in enumerate(self.param_groups) for k in range(len(group["params"]))]
         names = [name for group in self.param_groups for name in group["param_names"]]
         self._group = process_group
@@ -232,6 +235,7 @@ class BlockLLM(torch.optim.Optimizer):
                 "BlockLLM takes all parameters at construction, frozen ones included, and activates them itself; "
                 "make a new optimizer of all groups"
             )
+        check_rates(param_group)
         super().add_param_group(param_group)
 
     # -- parameters --------------------------------------------------------------------------------

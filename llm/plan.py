@@ -19,10 +19,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-import sys
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -31,15 +31,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from llm.blocks import Blocks, entries_of_budget
+from llm.blocks import Blocks, bytes_of
 from llm.census import Census
 from llm.choose import Chooser
 from llm.compact import Part, index_dtype
 from llm.ledger import PARTS, Peak, watch
 from llm.moments import bytes_per_entry
 from llm.optimizer import BlockLLM
+from llm.settings import is_number
 
-__all__ = ["PLACES", "Case", "Plan", "fake_model", "plan", "prescribe", "simulate"]
+__all__ = ["PLACES", "Case", "Plan", "fake_model", "memory_of", "plan", "prescribe", "simulate"]
 
 PLACES = ("bottom", "top", "tables", "tables", "spread")
 TRIES = 4  # runs that look for the largest budget
@@ -94,7 +95,8 @@ class Plan:
     def __str__(self) -> str:
         """The table, in GB of 10^9 bytes."""
         head = f"{'checkpointing':13} {'budget':>7} " + " ".join(f"{part:>11}" for part in PARTS) + f" {'peak':>8}"
-        lines = [f"{self.parameters:,} parameters; memory {self.memory / 1e9:.2f} GB", head]
+        first = f"{self.parameters:,} parameters; memory {self.memory / 1e9:.2f} GB; peaks and their parts in GB"
+        lines = [first, head]
         for case in self.cases:
             parts = " ".join(f"{case.peak.parts[part] / 1e9:>11.3f}" for part in PARTS)
             total, moment = str(case.peak).split(" GB in the ")
@@ -117,6 +119,7 @@ def plan(
     checkpointing: Sequence[bool] | None = None,
     places: Sequence[str] = PLACES,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    tell: Callable[[str], Any] | None = None,
 ) -> Plan:
     """Predict the peak memory of training with BlockLLM, and find the largest budget that fits.
 
@@ -138,6 +141,8 @@ def plan(
         Where what is active goes in a run, of :data:`PLACES`; fewer take less time.
     loss : callable, optional
         ``loss(model, batch)``; None: the model returns it, as those of transformers do when they get labels.
+    tell : callable, optional
+        Gets a line before each simulated run, of which there are at most five for each way.
 
     Returns
     -------
@@ -155,7 +160,7 @@ def plan(
     >>> found.cases[0].peak.parts["weights"], found.cases[0].fits
     (2101248, True)
     """
-    limit = entries_of_budget(budget, sys.maxsize, 1)
+    limit = memory_of(budget)
     twin, inputs, options = fake_model(model), _inputs(batch), dict(optimizer or {})
     ours = BlockLLM(twin, **options)
     share, total = ours.budget / ours.blocks.total, ours.blocks.total
@@ -163,10 +168,13 @@ def plan(
     ours.close()
     can = any(hasattr(twin, f"{kind}_checkpointing_enable") for kind in ("activation", "gradient"))
     cases: list[Case] = []
-    for way in ((False, True) if can else (False,)) if checkpointing is None else checkpointing:
+    ways, runs = ((False, True) if can else (False,)) if checkpointing is None else checkpointing, count(1)
+    for way in ways:
         _checkpoint(twin, way)
 
-        def _largest_moment(share: float) -> Peak:
+        def _largest_moment(share: float, kind: str = f"{'with' if way else 'without'} checkpointing") -> Peak:
+            if tell is not None:
+                tell(f"simulating run {next(runs)} of {len(ways) * (1 + TRIES)} at most: {kind}, budget {share:.2%}")
             peaks = simulate(twin, options | {"budget": share}, lambda: (loss or loss_of_model)(twin, inputs), places)
             return max(peaks, key=lambda moment: moment.total)
 
@@ -174,6 +182,27 @@ def plan(
         best = max((s for s, peak in tried.items() if peak.total <= limit), default=share)
         cases += [Case(way, s, tried[s], tried[s].total <= limit) for s in dict.fromkeys((share, best))]
     return Plan(limit, total, tuple(cases))
+
+
+def memory_of(amount: str | int, argument: str = "budget") -> int:
+    """Bytes of the memory of a device.
+
+    Parameters
+    ----------
+    amount : str or int
+        Such as ``"24GB"``, or bytes.
+    argument : str
+        What an error calls it.
+
+    Raises
+    ------
+    ValueError
+        If it is something else, or nothing.
+    """
+    found: Any = bytes_of(amount) if isinstance(amount, str) else amount
+    if not (is_number(found) and 1 <= found < math.inf):
+        raise ValueError(f'{argument} must be memory of a device, such as "24GB"; found {amount!r}')
+    return int(found)
 
 
 def _approach(peak_at: Callable[[float], Peak], limit: int, share: float, slope: float) -> dict[float, Peak]:
@@ -258,6 +287,8 @@ def _of_config(config: Any) -> nn.Module:
 def _inputs(batch: Any) -> Any:
     """Real tensors on the CPU: what a model asks of its inputs can be answered."""
     if isinstance(batch, tuple) and all(isinstance(size, int) for size in batch):
+        if len(batch) != 2 or min(batch) < 1:
+            raise ValueError(f"batch must be how many sequences, of how many tokens, each at least 1; found {batch}")
         ids = torch.zeros(batch, dtype=torch.int64)
         return {"input_ids": ids, "labels": ids}
     return tree_map(lambda t: torch.zeros_like(t, device="cpu") if isinstance(t, Tensor) else t, batch)

@@ -68,6 +68,7 @@ class Recipe:
     device : str
         "auto": the GPU if there is one.
     seed : int
+        Below 2^63.
     """
 
     model: str
@@ -109,6 +110,8 @@ class Recipe:
         for name in ("warmup", "clip", "held_out", "save_every", "weight_decay", "seed"):
             self._at_least(name, 0)
         self._at_least("max_length", 2)
+        if not self.seed < 2**63:
+            raise ValueError(f"seed must be at most 2^63 - 1; found {self.seed!r}")
         for name in ("lr", "epochs"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

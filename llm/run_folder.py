@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import nn
 
 from llm.recipe import Recipe
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "check_writable"]
 
 
 class RunFolder:
@@ -45,9 +46,10 @@ class RunFolder:
     # -- settings ----------------------------------------------------------------------------------
 
     def check_new(self) -> None:
-        """Raise ValueError if there is something in it."""
+        """Raise ValueError if there is something in it, or if nothing can be written into it."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path}: must be a new or empty folder; to go on with the run in it use --resume")
+        check_writable(self.path)
 
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write the settings."""
@@ -168,6 +170,15 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Say what the run came to."""
         (self.path / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError if a folder is neither there nor can be made, or if nothing can be written into it."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise ValueError(f"{folder}: must be a folder; {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: must be a folder to write into; there is no permission to write into {there}")
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -184,7 +184,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     model = tiny_lm.save(tmp_path / "model")
     done = call("eval", "--model", model, "--tasks", "arc_easy")
     assert done.exit_code == 2
-    assert "benchmarks need the package lm-eval: pip install 'blockdescent[lm-eval]'" in done.stderr
+    assert "benchmarks need the package lm-eval: in a checkout, pip install '.[lm-eval]'" in done.stderr
 
 
 @pytest.mark.slow

@@ -128,20 +128,28 @@ def test_under_torchrun_finetune_says_that_it_is_for_one_process(monkeypatch):
         (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "OUT", "--method", "x"], "method must be one of blockllm"),
         (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "OUT", "--set", "rule"], "--set needs NAME=VALUE; found"),
         (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "OUT", "--set", "rule=x"], "rule must be one of greedy"),
-        (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "OUT", "--budget", "5 apples"], "budget must allow at"),
+        (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "OUT", "--budget", "5 apples"], "budget must be a share"),
         (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "OUT", "--lr", -1], "lr must be positive; found -1.0"),
         (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "."], ".: must be a new or empty folder"),
         (["eval", "--model", "MODEL"], "eval needs --model and --data"),
         (["eval", "-m", "MODEL", "-d", "DATA", "--classify"], "questions.jsonl:1: needs a label"),
         (["eval", "-m", "MODEL", "-d", "DATA", "--max-length", 65], "max_length must be at most 64"),
-        (["plan", "MODEL", "--memory", "much"], "budget must allow at least one entry; found 'much'"),
+        (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "OUT", "--budget", "2.5"], "found 2.5"),
+        (["finetune", "-m", "no-model", "-d", "DATA", "--out", "OUT", "--set", "lr=3"], "(finetune: --lr), not one"),
+        (["finetune", "-m", "MODEL", "-d", "DATA", "--out", "DATA/run"], "questions.jsonl is a file"),
+        (["plan", "MODEL", "--memory", "much"], "--memory must be memory of a device, such as \"24GB\"; found 'much'"),
+        (["plan", "MODEL", "--memory", "0"], "--memory must be memory of a device"),
+        (["plan", "MODEL", "--max-length", 65], "max_length must be at most 64, which is what the model can read"),
+        (["plan", "MODEL", "--set", "foo=1"], "method blockllm has no option 'foo'; it has always, betas"),
+        (["plan", "MODEL", "--set", "budget=0.1"], "budget is an argument by itself"),
+        (["demo", "--out", "DATA"], "questions.jsonl: must be a folder"),
         (["delta", "info", "nowhere"], "nowhere"),
         (["delta", "apply", "nowhere", "nowhere"], "nowhere"),
         (["delta", "merge", "nowhere", "--out", "OUT", "--conflict", "x"], "nowhere"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_two(folder, tmp_path, words, message):
-    places = {"MODEL": folder[0], "DATA": folder[1], "OUT": tmp_path / "run"}
+    places = {"MODEL": folder[0], "DATA": folder[1], "DATA/run": folder[1] + "/run", "OUT": tmp_path / "run"}
     done = call(*(places.get(word, word) for word in words))
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("bcd-llm: ")
@@ -150,7 +158,10 @@ def test_what_is_wrong_is_one_line_and_exit_code_two(folder, tmp_path, words, me
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("words", [["finetune", "--no-such-option"], ["finetune", "--steps", "many"], ["tune"]])
+@pytest.mark.parametrize(
+    "words",
+    [["finetune", "--no-such-option"], ["finetune", "--steps", "many"], ["tune"], ["plan", "MODEL", "--batch-size", 0]],
+)
 def test_unknown_options_return_two(words):
     assert call(*words).exit_code == 2
 
@@ -160,7 +171,7 @@ def test_a_missing_package_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.delattr("llm.hf")
     done = train(folder, tmp_path / "run")
     assert done.exit_code == 2
-    assert "needs transformers: pip install 'blockdescent[hf]'" in done.stderr
+    assert "needs transformers: in a checkout, pip install '.[hf]'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -214,6 +225,21 @@ def test_eval_classifies(folder, tmp_path):
     assert re.match(r"accuracy [01]\.\d+, standard error \d\.\d+, rows 24, majority 0\.5000", done.stdout)
 
 
+def test_a_folder_without_deltas_says_so(tmp_path):
+    done = call("delta", "info", tmp_path)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", f"bcd-llm: {tmp_path}: holds no delta\n")
+
+
+@pytest.mark.parametrize("command", ["finetune", "demo"])
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path, monkeypatch, folder, command):
+    monkeypatch.setattr("llm.run_folder.os.access", lambda path, mode: False)
+    monkeypatch.setattr("llm.hf.load_model", lambda *_, **__: pytest.fail("work began"))
+    words = ["--data", folder[1]] if command == "finetune" else []
+    done = call(command, "--model", folder[0], "--out", tmp_path / "out", *words)
+    assert done.exit_code == 2
+    assert f"there is no permission to write into {tmp_path}" in done.stderr
+
+
 @pytest.fixture
 def configured(tmp_path):
     """A folder with nothing but the configuration of a model."""
@@ -227,6 +253,9 @@ def test_plan_loads_no_weights(configured):
     assert done.exit_code == 0, done.output
     assert "20.00%" in done.stdout
     assert "without checkpointing the largest budget that fits is" in done.stdout
+    lines = done.stderr.splitlines()
+    assert lines[0] == "simulating run 1 of 5 at most: without checkpointing, budget 20.00%"
+    assert all(line.startswith("simulating run ") for line in lines)
 
 
 def test_plan_passes_on_what_is_asked(configured, monkeypatch):
@@ -241,7 +270,9 @@ def test_plan_passes_on_what_is_asked(configured, monkeypatch):
     done = call("plan", configured, *words)
     assert json.loads(done.stdout) == {"memory": 7, "parameters": 5, "cases": []}
     ((config, batch, options),) = asked
-    assert (config.dtype, config.hidden_size, batch) == (torch.bfloat16, 16, (3, 512))
+    assert (config.dtype, config.hidden_size, batch) == (torch.bfloat16, 16, (3, 64))  # what the model can read
+    assert done.stderr == ""
+    assert callable(options.pop("tell"))
     optimizer = NAMED | {"states": "8bit"}  # what finetune would use
     assert options == {"budget": "7GB", "optimizer": optimizer, "checkpointing": None}
 

@@ -538,7 +538,15 @@ def test_what_is_not_finite_stops_the_run_before_it_does_harm(method, where):
         ({"warmup": -1}, "warmup must be at least 0; found -1"),
         ({"schedule": "step"}, "schedule must be one of cosine, linear, constant; found 'step'"),
         ({"dtype": "int8"}, "dtype must be float32 or bfloat16; found 'int8'"),
-        ({"device": "tpu9000"}, "device must be auto, or one of torch's"),
+        ({"device": "tpu9000"}, r"device must be auto, or one of torch's .* sees cpu and .*; found 'tpu9000'"),
+        ({"device": "cuda:77"}, "device must be auto, or one of torch's .*; found 'cuda:77'"),
+        ({"device": "meta"}, "device must be auto, or one of torch's .*; found 'meta'"),
+        ({"seed": 2**63}, r"seed must be at most 2\^63 - 1; found 9223372036854775808"),
+        ({"options": {"lr": 3}}, r"lr is an argument by itself \(finetune: --lr\), not one of the options"),
+        ({"options": {"name": "x"}}, r"name is an argument by itself \(finetune: --method\)"),
+        ({"method": "lora", "options": {"weight_decay": 1}}, r"weight_decay is an argument by itself \(finetune: --w"),
+        ({"method": "adamw", "options": {"model": "x"}}, r"model is an argument by itself \(finetune: --model\)"),
+        ({"method": "badam", "options": {"budget": 0.1}}, r"budget is an argument by itself \(finetune: --budget\)"),
         ({"max_length": 65}, "max_length must be at most 64, which is what the model can read; found 65"),
         ({"method": "adamw", "budget": 0.1}, "method adamw trains everything and has no budget; found 0.1"),
         ({"options": {"rank": 4}}, "method blockllm has no option 'rank'; it has always, betas"),
@@ -550,6 +558,34 @@ def test_what_is_not_finite_stops_the_run_before_it_does_harm(method, where):
 def test_wrong_settings_are_named(folder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(asked(folder, **options), tmp_path / "run")
+
+
+@pytest.mark.parametrize("limit", [-1, math.nan])
+def test_time_limits_that_make_no_sense(folder, tmp_path, limit):
+    with pytest.raises(ValueError, match="time_limit must be a number of seconds, at least 0; found"):
+        run(asked(folder), tmp_path / "run", time_limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("adamw", {"betas": [1, 2]}, r"betas must be two numbers, at least 0 and below 1; found \[1, 2\]"),
+        ("adamw", {"eps": "x"}, "eps must be a number, at least 0; found 'x'"),
+        ("lora", {"betas": 0.9}, "betas must be two numbers, at least 0 and below 1; found 0.9"),
+        ("lora", {"rank": "x"}, "rank must be a whole number, at least 1; found 'x'"),
+        ("lora", {"rank": 0}, "rank must be a whole number, at least 1; found 0"),
+        ("lora", {"alpha": "x"}, "alpha must be a positive number; found 'x'"),
+        ("lora", {"dropout": "x"}, "dropout must be a number, at least 0 and below 1; found 'x'"),
+        ("lora", {"dropout": 1}, "dropout must be a number, at least 0 and below 1; found 1"),
+        ("lora", {"targets": 5}, "targets must be names of linear layers; found 5"),
+        ("lora", {"targets": []}, r"targets must be names of linear layers; found \[\]"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_named(method, options, message):
+    if method == "lora":
+        pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=message):
+        methods.make(method, tiny_lm.model(), lr=0.1, **options)
 
 
 def test_methods_by_layer_need_layers():

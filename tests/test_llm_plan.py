@@ -219,7 +219,13 @@ def test_the_largest_budget_fits_and_a_larger_one_does_not():
 
 
 def test_everything_fits():
-    found = planned("1GB")
+    told = []
+    found = planned("1GB", tell=told.append)
+    assert told == [
+        f"simulating run {k} of 5 at most: without checkpointing, budget {share}"
+        for k, share in ((1, "4.99%"), (2, "100.00%"))
+    ]
+    assert str(found).splitlines()[0].endswith("memory 1.00 GB; peaks and their parts in GB")
     assert found.largest(False) == 1.0
     for word in ("weights", "gradients", "state", "activations", "temporary", "4.99%", "fits", "100.00%"):
         assert word in str(found)
@@ -253,7 +259,9 @@ def test_tied_weights_are_counted_once():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": "many"}, "budget"),
+        ({"budget": "many"}, "budget must be memory of a device, such as \"24GB\"; found 'many'"),
+        ({"budget": "0GB"}, "budget must be memory of a device"),
+        ({"budget": None}, "budget must be memory of a device"),
         ({"optimizer": {"granularity": "word"}}, "granularity"),
         ({"optimizer": {"budget": 7.5}}, "budget"),
         ({"loss": None}, "labels"),
@@ -262,6 +270,12 @@ def test_tied_weights_are_counted_once():
 def test_mistakes(options, message):
     with pytest.raises(ValueError, match=message):
         plan(model(), BATCH, **{"loss": loss, **options})
+
+
+@pytest.mark.parametrize("batch", [(0, 16), (2, -1), (5,)])
+def test_sizes_of_a_batch(batch):
+    with pytest.raises(ValueError, match="batch must be how many sequences, of how many tokens, each at least 1; fou"):
+        plan(model(), batch)
 
 
 # -- transformers --------------------------------------------------------------------------------------
