@@ -31,7 +31,7 @@ try:
     from cvxpy.reductions.solvers import utilities
     from cvxpy.reductions.solvers.qp_solvers.qp_solver import QpSolver
 except ImportError as error:
-    raise ImportError("bcd.qp.CvxpySolver needs cvxpy: pip install 'blockdescent[cvxpy]'") from error
+    raise ImportError("bcd.qp.CvxpySolver needs cvxpy: in a checkout, pip install '.[cvxpy]'") from error
 
 __all__ = ["CvxpySolver"]
 

@@ -26,7 +26,7 @@ try:
     from qpsolvers.solvers import available_solvers, dense_solvers, solve_function, sparse_solvers
 except ImportError as error:
     raise ImportError(
-        "bcd.qp.register_with_qpsolvers needs qpsolvers: pip install 'blockdescent[qpsolvers]'"
+        "bcd.qp.register_with_qpsolvers needs qpsolvers: in a checkout, pip install '.[qpsolvers]'"
     ) from error
 
 __all__ = ["register_with_qpsolvers", "solve_problem"]
