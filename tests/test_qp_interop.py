@@ -481,7 +481,7 @@ def test_unconstrained():
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, module):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, module)
-    with pytest.raises(ImportError, match=rf"needs {package}: pip install 'blockdescent\[{package}\]'"):
+    with pytest.raises(ImportError, match=rf"needs {package}: in a checkout, pip install '.\[{package}\]'"):
         importlib.import_module(module)
 
 
