@@ -99,7 +99,7 @@ def solve(
     tol_gap: Annotated[float | None, typer.Option(help="Besides, the proven bound on f - f* to reach.")] = None,
     max_iter: Annotated[int | None, typer.Option(help="Steps at most.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds at most.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the rules that draw.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="With a rule that draws; default: 0.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result, x included, as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write x, the multipliers and the certificate to this npz.")] = None,
     plot: Annotated[
@@ -114,7 +114,7 @@ def solve(
         limits: dict[str, Any] = {"tol": tol, "tol_gap": tol_gap, "max_iter": max_iter, "time_limit": time_limit}
         with _progress() as callback, np.errstate(over="ignore", invalid="ignore"):  # the status says what overflowed
             if rule is None:
-                for name, value in (("--update", update), ("--plot", plot)):
+                for name, value in (("--update", update), ("--seed", seed), ("--plot", plot)):
                     if value is not None:
                         raise ValueError(f"{name} needs a rule, such as --rule gs1; without one bcd.solve_qp works")
                 result = _solve_qp(problem, x0=x0, callback=callback, **limits)

@@ -169,6 +169,7 @@ def test_a_truncated_archive_is_named(saved, tmp_path):
         (["--tol", "-1"], "tol must be at least 0"),
         (["--plot", "p.png"], "--plot needs a rule, such as --rule gs1"),
         (["--update", "model"], "--update needs a rule"),
+        (["--seed", "1"], "--seed needs a rule"),
         (["--out", "missing-folder/x.npz"], "must be a file in a folder that exists"),
     ],
 )
